@@ -1,0 +1,1 @@
+"""Pure state and mechanism: no clock, no socket, no tensor, no global random generator."""

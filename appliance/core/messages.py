@@ -1,0 +1,363 @@
+"""Closed, tagged unions: what the node's two schedulers say and hear.
+
+A `Command` goes from the Dispatcher to one worker's Batcher, a `Report` comes back, an `Event` comes
+from outside, an `Effect` goes to the shell around the Dispatcher. The same structs are the control
+pipe's frames, the journal's lines and a simulator's queue. Commands are imperative, the rest past.
+
+Hand-off, migration, role changes and weight moves are named here from the start, so that tables,
+journal and wire format do not change when their mechanism arrives; a Batcher that is asked for one it
+does not perform answers `Refused`.
+"""
+
+from appliance.core.types import (
+    BlockHash,
+    CacheGroupSpec,
+    ErrorKind,
+    FinishReason,
+    Record,
+    Request,
+    RequestId,
+    Role,
+    WorkerId,
+    WorkerLoad,
+)
+
+
+class Tagged(Record, frozen=True, kw_only=True, tag_field="t", tag=True):
+    """Base of every message: encoded with its class name under `t`."""
+
+
+# --- Commands: Dispatcher -> worker -------------------------------------------------------------
+
+
+class Assign(Tagged, frozen=True, kw_only=True):
+    """Serve this sequence. Payload: `SequenceState` (prompt and emitted ids, sampling, stop rules).
+
+    `emitted_tokens` were sent to the client before and are known tokens: the worker computes their KV
+    and goes on with the next one."""
+
+    worker: WorkerId
+    request: Request
+    emitted_tokens: int = 0
+
+
+class Abort(Tagged, frozen=True, kw_only=True):
+    """Forget this sequence; answered by `Aborted` once its blocks are free (also if unknown)."""
+
+    worker: WorkerId
+    request_id: RequestId
+
+
+class Pull(Tagged, frozen=True, kw_only=True):
+    """Copy the KV of this sequence out of `source`'s pool and decode it. Payload: `SequenceState`."""
+
+    worker: WorkerId
+    request: Request
+    source: WorkerId
+    emitted_tokens: int = 0
+
+
+class Migrate(Tagged, frozen=True, kw_only=True):
+    """Let `target` pull this running sequence while it decodes, then stop here."""
+
+    worker: WorkerId
+    request_id: RequestId
+    target: WorkerId
+
+
+class Release(Tagged, frozen=True, kw_only=True):
+    """The peer holds the KV of this sequence: end its lease."""
+
+    worker: WorkerId
+    request_id: RequestId
+
+
+class SetRole(Tagged, frozen=True, kw_only=True):
+    """Take this role; answered by `RoleChanged` with the same epoch, or `Refused`."""
+
+    worker: WorkerId
+    role: Role
+    epoch: int
+
+
+class SetBudget(Tagged, frozen=True, kw_only=True):
+    """Bound a step: tokens of prefill per step and sequences in decode."""
+
+    worker: WorkerId
+    prefill_tokens: int
+    max_decodes: int
+
+
+class LoadWeights(Tagged, frozen=True, kw_only=True):
+    """Have the weights in place, from this peer or (None) from the node's slab or disk."""
+
+    worker: WorkerId
+    source: WorkerId | None = None
+
+
+class Park(Tagged, frozen=True, kw_only=True):
+    """Give up serving, keep process and mappings."""
+
+    worker: WorkerId
+
+
+class Wake(Tagged, frozen=True, kw_only=True):
+    """Serve again."""
+
+    worker: WorkerId
+
+
+Command = (
+    Assign | Abort | Pull | Migrate | Release | SetRole | SetBudget | LoadWeights | Park | Wake
+)
+
+# --- Reports: worker -> Dispatcher --------------------------------------------------------------
+
+
+class WorkerUp(Tagged, frozen=True, kw_only=True):
+    """The worker is ready to serve. `epoch` counts the incarnations of this worker id."""
+
+    worker: WorkerId
+    epoch: int
+    groups: tuple[CacheGroupSpec, ...]
+    max_num_seqs: int
+    max_batch_tokens: int
+    num_ranks: int = 1
+    role: Role = Role.MIXED
+
+
+class SeqFinished(Record, frozen=True, kw_only=True, array_like=True):
+    """An answer ended: `emitted_tokens` in all, `cached_tokens` of the prompt came from the cache."""
+
+    id: RequestId
+    reason: FinishReason
+    emitted_tokens: int
+    cached_tokens: int
+
+
+class StepReported(Tagged, frozen=True, kw_only=True):
+    """One step is done. `ids[i]` emitted `counts[i]` tokens (`counts` empty: one each), in this order;
+    `finished` names those that ended with it. Payload: `StepOutputs` in the same order."""
+
+    worker: WorkerId
+    step: int
+    elapsed: float
+    prefill_tokens: int
+    decode_tokens: int
+    ids: tuple[RequestId, ...]
+    load: WorkerLoad
+    counts: tuple[int, ...] = ()
+    finished: tuple[SeqFinished, ...] = ()
+
+
+class Prefilled(Tagged, frozen=True, kw_only=True):
+    """The prompt's KV is complete and leased to whoever pulls it."""
+
+    worker: WorkerId
+    request_id: RequestId
+
+
+class Preempted(Tagged, frozen=True, kw_only=True):
+    """Memory was short: this sequence lost its blocks and waits at the same worker to be recomputed."""
+
+    worker: WorkerId
+    request_id: RequestId
+    lost_tokens: int
+
+
+class Released(Tagged, frozen=True, kw_only=True):
+    """The lease of this sequence has ended."""
+
+    worker: WorkerId
+    request_id: RequestId
+
+
+class Aborted(Tagged, frozen=True, kw_only=True):
+    """This sequence is gone from the worker and its blocks are free."""
+
+    worker: WorkerId
+    request_id: RequestId
+
+
+class KvPulled(Tagged, frozen=True, kw_only=True):
+    """The KV of this sequence has arrived and was verified."""
+
+    worker: WorkerId
+    request_id: RequestId
+    source: WorkerId
+    num_tokens: int
+    seconds: float
+
+
+class PullFailed(Tagged, frozen=True, kw_only=True):
+    """The KV of this sequence did not arrive; nothing of it is held here."""
+
+    worker: WorkerId
+    request_id: RequestId
+    source: WorkerId
+    reason: str
+
+
+class CacheChanged(Tagged, frozen=True, kw_only=True):
+    """Full blocks that can be found by hash since the last report, and those that no longer can."""
+
+    worker: WorkerId
+    added: tuple[BlockHash, ...] = ()
+    removed: tuple[BlockHash, ...] = ()
+
+
+class Refused(Tagged, frozen=True, kw_only=True):
+    """The worker does not do what was asked; a normal answer. `command` is the tag of the command."""
+
+    worker: WorkerId
+    command: str
+    kind: ErrorKind
+    reason: str
+    request_id: RequestId | None = None
+
+
+class RoleChanged(Tagged, frozen=True, kw_only=True):
+    """The role is in service."""
+
+    worker: WorkerId
+    role: Role
+    epoch: int
+
+
+class WeightsLoaded(Tagged, frozen=True, kw_only=True):
+    """The weights are in place; `source` says where they came from ("slab", "disk", "peer:N")."""
+
+    worker: WorkerId
+    source: str
+    seconds: float
+
+
+class Heartbeat(Tagged, frozen=True, kw_only=True):
+    """The worker lives. `step` is the number of its last finished step; `in_step` is how long the
+    present one has been running (None: idle). Sent on a timer, and with `load` after every change of
+    load that no step reports."""
+
+    worker: WorkerId
+    step: int
+    in_step: float | None = None
+    load: WorkerLoad | None = None
+
+
+class WorkerDown(Tagged, frozen=True, kw_only=True):
+    """The worker's process has ended (or was ended); said by the shell, never by the worker."""
+
+    worker: WorkerId
+    epoch: int
+    cause: str
+
+
+Report = (
+    WorkerUp
+    | StepReported
+    | Prefilled
+    | Preempted
+    | Released
+    | Aborted
+    | KvPulled
+    | PullFailed
+    | CacheChanged
+    | Refused
+    | RoleChanged
+    | WeightsLoaded
+    | Heartbeat
+    | WorkerDown
+)
+
+# --- Events: outside -> Dispatcher --------------------------------------------------------------
+
+
+class Arrived(Tagged, frozen=True, kw_only=True):
+    """A validated request wants to be served; answered by its end or a `Reject`."""
+
+    request: Request
+
+
+class Cancelled(Tagged, frozen=True, kw_only=True):
+    """The client has gone."""
+
+    request_id: RequestId
+    kind: ErrorKind = ErrorKind.CANCELLED
+
+
+class Woke(Tagged, frozen=True, kw_only=True):
+    """The time named by `next_wakeup` has come (or the shell simply asks again)."""
+
+
+class DrainStarted(Tagged, frozen=True, kw_only=True):
+    """Admit nothing more; what was accepted is finished."""
+
+
+class DrainExpired(Tagged, frozen=True, kw_only=True):
+    """The time to drain is over: end what is left with a typed error."""
+
+
+Event = Arrived | Cancelled | Woke | DrainStarted | DrainExpired
+
+# --- Effects: Dispatcher -> shell ---------------------------------------------------------------
+
+
+class Reject(Tagged, frozen=True, kw_only=True):
+    """The request was not accepted. `retry_after` in seconds when trying again makes sense."""
+
+    request_id: RequestId
+    kind: ErrorKind
+    reason: str
+    retry_after: float | None = None
+
+
+class Degrade(Tagged, frozen=True, kw_only=True):
+    """The request is served with these targets instead of those it asked for."""
+
+    request_id: RequestId
+    reason: str
+
+
+class Ended(Tagged, frozen=True, kw_only=True):
+    """The one terminal event of an accepted request: `reason`, or `error` with words for the client."""
+
+    request_id: RequestId
+    reason: FinishReason | None = None
+    error: ErrorKind | None = None
+    message: str = ""
+    cached_tokens: int = 0
+
+
+class StartWorker(Tagged, frozen=True, kw_only=True):
+    """(Re)start the process of this worker now; `epoch` is the number of the new incarnation."""
+
+    worker: WorkerId
+    epoch: int
+
+
+class Quarantine(Tagged, frozen=True, kw_only=True):
+    """This worker died too often: it stays down until an operator acts."""
+
+    worker: WorkerId
+    reason: str
+
+
+class StartPull(Tagged, frozen=True, kw_only=True):
+    """Shell: copy these blocks from the peer."""
+
+    request_id: RequestId
+    source: WorkerId
+
+
+class StartLoad(Tagged, frozen=True, kw_only=True):
+    """Shell: bring the weights to this worker."""
+
+    worker: WorkerId
+    source: WorkerId | None = None
+
+
+Effect = Reject | Degrade | Ended | StartWorker | Quarantine | StartPull | StartLoad
+
+Input = Event | Report
+"""What a Dispatcher hears."""
+Output = Command | Effect
+"""What a Dispatcher says."""

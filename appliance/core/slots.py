@@ -1,0 +1,102 @@
+"""The questions that a policy answers.
+
+A policy decides, the mechanism applies: each slot gets a read-only view and returns a decision that
+the Dispatcher or the Batcher checks, books and carries out. A slot is a plain callable, so one
+algorithm is one file with a few functions or one small class.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from appliance.core.types import ErrorKind, Phase, Record, Request, RequestId, WorkerId
+from appliance.core.view import LocalView, NodeView, SeqView
+
+
+class Accept(Record, frozen=True, kw_only=True, tag=True):
+    """Queue the request."""
+
+
+class Refuse(Record, frozen=True, kw_only=True, tag=True):
+    """Turn the request away with words for the client."""
+
+    kind: ErrorKind
+    reason: str
+    retry_after: float | None = None
+
+
+Admission = Accept | Refuse
+
+
+class AdmitSlot(Protocol):
+    """May this request enter the node's queue?"""
+
+    def __call__(self, view: NodeView, request: Request, now: float) -> Admission: ...
+
+
+class OrderSlot(Protocol):
+    """In which order are the waiting requests offered to `place`? Returns a permutation or a prefix."""
+
+    def __call__(
+        self, queue: Sequence[Request], view: NodeView, now: float
+    ) -> Sequence[Request]: ...
+
+
+class PlaceSlot(Protocol):
+    """Which worker takes this request for this phase? None: leave it waiting."""
+
+    def __call__(
+        self, view: NodeView, request: Request, phase: Phase, now: float
+    ) -> WorkerId | None: ...
+
+
+class VictimSlot(Protocol):
+    """Whom to preempt when memory is short, among `candidates` (never empty)?"""
+
+    def __call__(self, view: LocalView, candidates: Sequence[SeqView], now: float) -> RequestId: ...
+
+
+class Grant(Record, frozen=True, kw_only=True, array_like=True):
+    """Up to `num_tokens` tokens of this sequence in the step being planned (a decode asks for 1)."""
+
+    id: RequestId
+    num_tokens: int
+
+
+class FillSlot(Protocol):
+    """How many tokens for whom in this step, most important first?
+
+    The sum may not exceed `budget_tokens`. The mechanism walks the grants in order, admits those that
+    still wait (prefix cache looked up then), allocates blocks, preempts if it must, and trims a grant
+    to what a sequence can use."""
+
+    def __call__(self, view: LocalView, budget_tokens: int, now: float) -> Sequence[Grant]: ...
+
+
+class NodeWakeSlot(Protocol):
+    """When should the Dispatcher ask again even if nothing happens? None: no need."""
+
+    def __call__(self, view: NodeView, now: float) -> float | None: ...
+
+
+class DispatchSlots(Record, frozen=True, kw_only=True):
+    """The slots filled in the Dispatcher."""
+
+    admit: AdmitSlot
+    order: OrderSlot
+    place: PlaceSlot
+    wakeup: NodeWakeSlot
+
+
+class BatchSlots(Record, frozen=True, kw_only=True):
+    """The slots filled in every Batcher."""
+
+    victim: VictimSlot
+    fill: FillSlot
+
+
+class Policy(Record, frozen=True, kw_only=True):
+    """One published algorithm as a bundle of answers."""
+
+    name: str
+    dispatch: DispatchSlots
+    batch: BatchSlots

@@ -1,0 +1,43 @@
+"""What a new worker process is told before the first frame.
+
+It is the only thing a worker receives outside the frames: msgpack behind a u32 length, in one
+`sendmsg` with the file descriptors of its slabs (weights first, KV second; the weights descriptor is
+left out when the engine has no weights).
+"""
+
+import msgspec
+
+from appliance.core.faults import FaultRule
+from appliance.core.types import BatcherConfig, WorkerId
+
+
+class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything one incarnation of a worker needs to know."""
+
+    worker: WorkerId
+    epoch: int
+    devices: tuple[str, ...]
+    engine: str
+    """"torch" or "paced"."""
+    model_dir: str
+    dtype: str
+    """"float32" or "bfloat16"."""
+    batcher: BatcherConfig
+    block_tokens: int
+    num_blocks: int
+    has_weights_fd: bool
+    load_weights: bool
+    """True: fill the weight slab from `model_dir`. False: it is complete, map it."""
+    hash_key: bytes
+    policy: str = "fcfs"
+    policy_settings: dict[str, float | int | str | bool] = {}
+    profile: str = ""
+    """Device profile of the paced engine."""
+    threads: int = 1
+    heartbeat_seconds: float = 0.1
+    faults: tuple[FaultRule, ...] = ()
+    validate: bool = False
+    """Check the laws after every step."""
+    journal_path: str | None = None
+    log_level: str = "info"
+    log_json: bool = False

@@ -1,0 +1,125 @@
+"""What a policy may see: read-only, and never a true output length.
+
+The Dispatcher's view of a worker is a hint that is as old as `as_of` says; the worker's own ledger is
+the truth. `SeqView` is a Protocol that the Batcher's bookkeeping objects satisfy as they are, so a
+step over hundreds of sequences copies nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Protocol
+
+from appliance.core.lifecycle import WorkerState
+from appliance.core.types import (
+    BlockHash,
+    Phase,
+    Record,
+    Request,
+    RequestId,
+    Role,
+    Slo,
+    WorkerId,
+    WorkerLoad,
+)
+
+
+class WorkerView(Record, frozen=True, kw_only=True):
+    """One worker as the Dispatcher knows it at `as_of`."""
+
+    id: WorkerId
+    state: WorkerState
+    role: Role
+    as_of: float
+    load: WorkerLoad
+    block_tokens: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    assigned: int
+    """Requests assigned and not ended, whether the worker has reported them or not."""
+    pending_tokens: int
+    """Prefill tokens assigned whose first token has not been reported (includes those on the way)."""
+    step_seconds: float
+    """Mean of the recent steps; 0 before the first."""
+    reserved: bool = False
+    """Kept free of new work by the mechanism (a suspected poison request runs here alone)."""
+
+
+class NodeView(Protocol):
+    """The node as the Dispatcher knows it."""
+
+    @property
+    def workers(self) -> Mapping[WorkerId, WorkerView]:
+        """Every configured worker, dead ones too."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests accepted and not placed."""
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Their prompt tokens."""
+
+    def cached_blocks(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of `hashes` that worker is believed to hold."""
+
+
+class SeqView(Protocol):
+    """One sequence in a Batcher."""
+
+    @property
+    def id(self) -> RequestId: ...
+
+    @property
+    def request(self) -> Request: ...
+
+    @property
+    def slo(self) -> Slo: ...
+
+    @property
+    def phase(self) -> Phase: ...
+
+    @property
+    def num_known(self) -> int:
+        """Prompt and emitted tokens, planned ones included (their values may still be unknown)."""
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose KV is in place or planned."""
+
+    @property
+    def num_emitted(self) -> int: ...
+
+    @property
+    def first_token_at(self) -> float | None: ...
+
+
+class LocalView(Protocol):
+    """One Batcher."""
+
+    @property
+    def waiting(self) -> Sequence[SeqView]:
+        """Not admitted: they hold no blocks. In the order of the queue."""
+
+    @property
+    def running(self) -> Sequence[SeqView]:
+        """Admitted: they hold blocks. In the order of admission."""
+
+    @property
+    def free_blocks(self) -> int:
+        """Of the scarcest cache group, evictable cached blocks included."""
+
+    @property
+    def total_blocks(self) -> int: ...
+
+    @property
+    def block_tokens(self) -> int: ...
+
+    @property
+    def max_num_seqs(self) -> int: ...
+
+    @property
+    def max_batch_tokens(self) -> int: ...
+
+    @property
+    def stale(self) -> AbstractSet[RequestId]:
+        """Sequences that cannot be planned now (cancelled or preempted, still in a running step)."""

@@ -1,0 +1,1 @@
+"""The asyncio shell: node, workers, slabs, tokenising, streams. Never loads torch."""

@@ -1,0 +1,1 @@
+"""One process per rank: the step loop, the engines, text, KV pool."""
