@@ -1,0 +1,355 @@
+"""What an operator may set: frozen sections, strict TOML, overrides from the command line.
+
+A configuration is a table of tables. Every key is a field below, with its unit in its name and its
+default; `config.toml` shows them all with words. A key that does not exist is refused by name, with
+the nearest key that does; a wrong type or range is refused as `section.key`. Sizes may be written
+"256MiB". No package below this one sees the whole: `startup` hands each its own numbers.
+
+Order of search: the file given with `--config`, `./config.toml`, the defaults written here.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from appliance.core.faults import FaultPlan, FaultPlanError, FaultRule
+from appliance.core.types import WorkerId
+
+Auto = Literal["auto"]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+Milliseconds = Annotated[float, Meta(gt=0)]
+Budget = Annotated[float, Meta(ge=0)]
+Bytes = Annotated[int, Meta(ge=1, extra={"unit": "bytes"})]
+Setting = float | int | str | bool
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text names the key and what to write instead."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of every section."""
+
+
+class ServerSection(Section, frozen=True, kw_only=True):
+    """Where the node listens, and what one client may take."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    drain_seconds: Seconds = 30.0
+    max_body_bytes: Bytes = 16 * 1024**2
+    max_stream_buffer_bytes: Bytes = 1024**2
+
+
+class ModelSection(Section, frozen=True, kw_only=True):
+    """What is served."""
+
+    path: str = "tiny-tasks"
+    served_name: str = "auto"
+    max_model_len: Positive | Auto = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class DevicesSection(Section, frozen=True, kw_only=True):
+    """Where it is computed."""
+
+    spec: str = "auto"
+    threads: Positive | Auto = "auto"
+
+
+class KvSection(Section, frozen=True, kw_only=True):
+    """Memory of the sequences."""
+
+    block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
+    memory: Bytes | Auto = "auto"
+    prefix_cache: bool = True
+
+
+class BatchSection(Section, frozen=True, kw_only=True):
+    """Bounds of one forward step of one worker."""
+
+    max_num_seqs: Positive = 64
+    max_batch_tokens: Positive = 512
+    depth: Annotated[int, Meta(ge=0, le=2)] = 0
+
+
+class PolicySection(Section, frozen=True, kw_only=True):
+    """Who is served first, and where."""
+
+    name: str = "fcfs"
+    settings: dict[str, Setting] = {}
+
+
+class QueueSection(Section, frozen=True, kw_only=True):
+    """What may wait before new requests get 429."""
+
+    max_requests: Positive = 1024
+    max_tokens: Positive = 4_000_000
+
+
+class WorkersSection(Section, frozen=True, kw_only=True):
+    """How workers are watched and replaced."""
+
+    heartbeat_ms: Milliseconds = 100.0
+    stop_detect_ms: Milliseconds = 600.0
+    stall_kill_seconds: Annotated[float, Meta(gt=0)] = 30.0
+    respawn_backoff_ms: Milliseconds = 100.0
+    respawn_backoff_max_ms: Milliseconds = 10_000.0
+    quarantine_deaths: Positive = 3
+    poison_deaths: Positive = 2
+
+
+class SloSection(Section, frozen=True, kw_only=True):
+    """Latency budgets of one class of requests; 0 means "no target"."""
+
+    ttft_ms: Budget = 0.0
+    tpot_ms: Budget = 0.0
+    weight: Annotated[float, Meta(gt=0)] = 1.0
+
+
+class LogSection(Section, frozen=True, kw_only=True):
+    """What is written to stderr."""
+
+    format: Literal["human", "json"] = "human"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class JournalSection(Section, frozen=True, kw_only=True):
+    """The record of everything the schedulers heard and said."""
+
+    path: str = ""
+    ring_records: Positive = 65_536
+    check_laws: bool = False
+
+
+class FaultsSection(Section, frozen=True, kw_only=True):
+    """Faults to inject on purpose."""
+
+    plan: str = ""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """All sections; the defaults are a complete configuration."""
+
+    server: ServerSection = ServerSection()
+    model: ModelSection = ModelSection()
+    devices: DevicesSection = DevicesSection()
+    kv: KvSection = KvSection()
+    batch: BatchSection = BatchSection()
+    policy: PolicySection = PolicySection()
+    queue: QueueSection = QueueSection()
+    workers: WorkersSection = WorkersSection()
+    slo: dict[str, SloSection] = msgspec.field(default_factory=lambda: {"default": SloSection()})
+    log: LogSection = LogSection()
+    journal: JournalSection = JournalSection()
+    faults: FaultsSection = FaultsSection()
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+Override = tuple[str, str, Any]
+"""(section, key, value): wins over the file."""
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", re.IGNORECASE)
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by "4096", "256MiB", "1.5 GB". Raises `ValueError` with an example otherwise."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f'{text!r} is not a size; write bytes or for example "256MiB"')
+    return int(float(match[1]) * _FACTORS[(match[2] or "").lower()])
+
+
+def find_file(given: str | None, *, directory: Path) -> Path | None:
+    """The file to read by the order of search, or None for the defaults.
+
+    Raises `ConfigError` when the given file does not exist."""
+    if given is not None:
+        path = Path(given)
+        if not path.is_file():
+            raise ConfigError(f"--config {given}: no such file")
+        return path
+    path = directory / "config.toml"
+    return path if path.is_file() else None
+
+
+def load(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
+    """Read `path` (None: nothing), lay `overrides` (section -> key -> value) over it, check all.
+
+    Raises `ConfigError`."""
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: is not TOML: {error}") from error
+    try:
+        return from_table(_merged(table, overrides or {}))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from error
+
+
+def from_table(table: Mapping[str, Any]) -> Config:
+    """A checked configuration from nested tables; what is not named keeps its default."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    _refuse_unknown(table, kinds, prefix="")
+    sections: dict[str, Any] = {}
+    for name, value in table.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name}: is a section; write [{name}] and its keys below it")
+        if name == "slo":
+            sections[name] = {"default": SloSection()} | {
+                label: _section(SloSection, entry, prefix=f"slo.{label}")
+                for label, entry in value.items()
+            }
+        else:
+            sections[name] = _section(kinds[name], value, prefix=name)
+    config = Config(**sections)
+    _check_together(config)
+    return config
+
+
+def parse_assignment(text: str) -> Override:
+    """`section.key=value` of `--set`, the value as TOML (a bare word is a string).
+
+    Raises `ConfigError` when it has another form."""
+    name, equals, raw = text.partition("=")
+    section, dot, key = name.strip().rpartition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(f"--set {text}: write --set section.key=value")
+    try:
+        value: Any = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    return section, key, value
+
+
+def bundled_models() -> Path:
+    """The directory of the models that come along: `_models` in a wheel, `models` in a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "_models"
+    return shipped if shipped.is_dir() else package.parent / "models"
+
+
+def default_text() -> str:
+    """The commented default configuration, as `config.toml` has it."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "_config.toml"
+    source = shipped if shipped.is_file() else package.parent / "config.toml"
+    return source.read_text(encoding="utf-8")
+
+
+def _merged(table: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    merged = dict(table)
+    for dotted, values in overrides.items():
+        section, _, label = dotted.partition(".")
+        inner = merged.get(section, {})
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"{section}: is a section; write [{section}] and its keys below it")
+        if label:
+            old = inner.get(label, {})
+            values = {label: {**(old if isinstance(old, Mapping) else {}), **values}}
+        merged[section] = {**inner, **values}
+    return merged
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Mapping[str, Any], *, prefix: str) -> None:
+    for key in table:
+        if key in known:
+            continue
+        full = f"{prefix}.{key}" if prefix else key
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        what = "key" if prefix else "section"
+        if near:
+            hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+        else:
+            hint = f"known: {', '.join(known)}"
+        raise ConfigError(f"unknown {what} {full}; {hint}")
+
+
+def _section(kind: type[SectionT], table: Any, *, prefix: str) -> SectionT:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{prefix}: is a section; write [{prefix}] and its keys below it")
+    types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    _refuse_unknown(table, types, prefix=prefix)
+    return kind(**{key: _value(types[key], raw, f"{prefix}.{key}") for key, raw in table.items()})
+
+
+def _value(kind: Any, raw: Any, name: str) -> Any:
+    try:
+        if isinstance(raw, str) and raw != "auto" and _is_size(kind):
+            raw = parse_size(raw)
+        return msgspec.convert(raw, kind, strict=True)
+    except (ValueError, msgspec.ValidationError) as error:
+        reason = str(error).replace("`", "")
+        raise ConfigError(f"{name} = {raw!r}: {reason[0].lower() + reason[1:]}") from error
+
+
+def _is_size(kind: Any) -> bool:
+    return any(getattr(part, "__metadata__", None) and _unit(part) for part in (kind, *_args(kind)))
+
+
+def _args(kind: Any) -> tuple[Any, ...]:
+    return tuple(getattr(kind, "__args__", ()))
+
+
+def _unit(kind: Any) -> bool:
+    return any((meta.extra or {}).get("unit") == "bytes" for meta in kind.__metadata__)
+
+
+def _check_together(config: Config) -> None:
+    """Rules between keys."""
+    workers, batch = config.workers, config.batch
+    if workers.stop_detect_ms < 2 * workers.heartbeat_ms:
+        raise ConfigError(
+            f"workers.stop_detect_ms = {workers.stop_detect_ms}: must be at least twice "
+            f"workers.heartbeat_ms = {workers.heartbeat_ms}"
+        )
+    if workers.respawn_backoff_max_ms < workers.respawn_backoff_ms:
+        raise ConfigError(
+            f"workers.respawn_backoff_max_ms = {workers.respawn_backoff_max_ms}: must not be below "
+            f"workers.respawn_backoff_ms = {workers.respawn_backoff_ms}"
+        )
+    if batch.max_batch_tokens < batch.max_num_seqs:
+        raise ConfigError(
+            f"batch.max_batch_tokens = {batch.max_batch_tokens}: must not be below "
+            f"batch.max_num_seqs = {batch.max_num_seqs}, one token of each per step"
+        )
+
+
+def fault_rules(config: Config, *, environ: Mapping[str, str]) -> tuple[FaultRule, ...]:
+    """The fault plan: `faults.plan` or the environment variable APPLIANCE_FAULTS (it wins), each
+    either a JSON list of rules or the path of a file with one. Empty: no faults.
+
+    Raises `ConfigError` when it cannot be read or names what does not exist."""
+    source = environ.get("APPLIANCE_FAULTS") or config.faults.plan
+    if not source:
+        return ()
+    try:
+        text = source if source.lstrip().startswith("[") else Path(source).read_text("utf-8")
+        rules = msgspec.json.decode(text, type=tuple[FaultRule, ...])
+        FaultPlan(rules, worker=WorkerId(0), epoch=0)
+    except OSError as error:
+        raise ConfigError(
+            f"faults.plan = {source!r}: is neither a JSON list nor a file that can be read: {error}"
+        ) from error
+    except (msgspec.MsgspecError, FaultPlanError) as error:
+        raise ConfigError(f"faults.plan: {error}") from error
+    return rules
