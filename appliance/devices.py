@@ -12,8 +12,8 @@ from typing import Literal
 
 from appliance.config import ConfigError
 from appliance.core.types import Record, WorkerId, WorkerSpec
+from appliance.worker.profiles import DEFAULT_PROFILE, device_profile
 
-DEFAULT_PROFILE = "h200-8b"
 MAX_WORKERS = 64
 _COUNTED = re.compile(r"(cpu|paced)(?::(\d+))?(?:@([\w.-]+))?")
 _LISTED = re.compile(r"cuda:(\d+(?:,\d+)*)")
@@ -88,7 +88,12 @@ def _counted(spec: str, match: re.Match[str], cores: int) -> DevicePlan:
             raise ConfigError(f"devices.spec = {spec!r} (--devices): only paced takes a @PROFILE")
         return DevicePlan(kind="cpu", workers=_specs(["cpu"] * number))
     workers = _specs([f"paced:{index}" for index in range(number)])
-    return DevicePlan(kind="paced", workers=workers, profile=profile or DEFAULT_PROFILE)
+    profile = profile or DEFAULT_PROFILE
+    try:
+        device_profile(profile)
+    except ValueError as error:
+        raise ConfigError(f"devices.spec = {spec!r} (--devices): {error}") from error
+    return DevicePlan(kind="paced", workers=workers, profile=profile)
 
 
 def _check_cards(spec: str, cards: list[int], num_gpus: int) -> None:

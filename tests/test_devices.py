@@ -57,6 +57,7 @@ def test_a_profile_belongs_to_the_paced_engine() -> None:
         ("", "write auto, cpu:2, paced:4"),
         ("cpu:0", "the number of workers must be 1 to 64"),
         ("paced:9999", "the number of workers must be 1 to 64"),
+        ("paced:2@b1000", "unknown device profile 'b1000'; use one of: cpu, h100-8b, h200-8b"),
         ("cpu:1@h200-8b", "only paced takes a @PROFILE"),
         ("cuda:0", "no CUDA device is visible on this machine; use --devices cpu:2"),
         ("cuda:x", "write auto, cpu:2, paced:4"),

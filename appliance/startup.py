@@ -1,0 +1,237 @@
+"""From a configuration to a plan: what will be served, where, and whether it fits.
+
+Everything that can be known before a process starts is decided and checked here, so that a mistake
+costs the operator a second and not a minute::
+
+    weights of the node   one slab, shared by all workers
+    packed weights        per CPU worker: the copy in the layout of the matrix kernels
+    KV of a worker        (num_blocks + 1 for scratch) * block_tokens * bytes per token
+
+`kv.memory = "auto"` is `AUTO_KV_BYTES` or two longest sequences, whichever is more, but no more
+than `max_num_seqs` sequences could fill and no more than the worker's share of `AUTO_KV_SHARE` of the
+free memory. If the longest sequence then does not fit and `model.max_model_len` is "auto" too, the
+latter shrinks, and the plan says so. A paced worker has its profile's number of tokens.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from appliance.config import Config, ConfigError, bundled_models
+from appliance.core.model_shape import PAGE_BYTES, DType, kv_slab_bytes, parse_dtype, slab_bytes
+from appliance.core.types import BatcherConfig, Record
+from appliance.devices import DevicePlan
+from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
+from appliance.worker.profiles import KV_SLOT_BYTES, PROFILES, paced_kv_slab_bytes
+
+AUTO_KV_BYTES = 256 * 1024**2
+AUTO_KV_SHARE = 0.25
+
+
+class Machine(Record, frozen=True, kw_only=True):
+    """What the plan needs to know of the machine."""
+
+    cores: int
+    free_bytes: int
+
+
+class Memory(Record, frozen=True, kw_only=True):
+    """Bytes of the node when everything is in use."""
+
+    weights: int
+    """The node's weight slab; 0 when the engine has no weights."""
+    packed: int
+    """One worker's private copy."""
+    kv: int
+    """One worker's KV slab."""
+    block: int
+    """One KV block."""
+
+    def total(self, num_workers: int) -> int:
+        """All of it."""
+        return self.weights + num_workers * (self.packed + self.kv)
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """All numbers of a start, checked."""
+
+    config: Config
+    devices: DevicePlan
+    machine: Machine
+    checkpoint: Checkpoint
+    served_name: str
+    dtype: DType
+    threads: int
+    batcher: BatcherConfig
+    num_blocks: int
+    memory: Memory
+    notes: tuple[str, ...] = ()
+    """What the operator should know of how "auto" was decided."""
+
+
+def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
+    """Read the checkpoint and do the arithmetic. Raises `ConfigError` or `CheckpointError`."""
+    checkpoint = open_checkpoint(find_model(config.model.path, bundled=bundled_models()))
+    dtype = _dtype(config, devices)
+    fixed = _fixed_memory(config, devices, checkpoint=checkpoint, dtype=dtype)
+    num_workers = len(devices.workers)
+    room = (machine.free_bytes - fixed.total(num_workers)) // num_workers
+    max_model_len, num_blocks = _lengths(
+        config, devices, checkpoint=checkpoint, block_bytes=fixed.block, room=room
+    )
+    notes = [devices.why] if devices.why else []
+    if config.model.max_model_len == "auto" and max_model_len < checkpoint.shape.max_positions:
+        notes.append(
+            f"model.max_model_len: auto is {max_model_len}, what the KV memory of a worker holds; "
+            f"the model was built for {checkpoint.shape.max_positions}"
+        )
+    kv_bytes = (
+        paced_kv_slab_bytes(num_blocks=num_blocks, block_tokens=config.kv.block_tokens)
+        if devices.kind == "paced"
+        else kv_slab_bytes(
+            checkpoint.shape, dtype, num_blocks=num_blocks, block_tokens=config.kv.block_tokens
+        )
+    )
+    plan = Plan(
+        config=config,
+        devices=devices,
+        machine=machine,
+        checkpoint=checkpoint,
+        served_name=_served_name(config, checkpoint),
+        dtype=dtype,
+        threads=_threads(config, cores=machine.cores, num_workers=num_workers),
+        batcher=BatcherConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=config.batch.max_num_seqs,
+            max_batch_tokens=config.batch.max_batch_tokens,
+            depth=config.batch.depth,
+            enable_prefix_cache=config.kv.prefix_cache,
+        ),
+        num_blocks=num_blocks,
+        memory=msgspec.structs.replace(fixed, kv=kv_bytes),
+        notes=tuple(notes),
+    )
+    _check_memory(plan)
+    return plan
+
+
+def read_machine(*, cores: int, root: Path = Path("/")) -> Machine:
+    """Cores as given; memory that can be had without swapping: what the kernel calls available, or
+    what the control group leaves if that is less."""
+    free = _meminfo(root / "proc/meminfo")
+    group = root / "sys/fs/cgroup"
+    limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    return Machine(cores=cores, free_bytes=free)
+
+
+def shown_bytes(number: int) -> str:
+    """`5.2 MiB`: three digits at most."""
+    value, unit = float(number), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def _dtype(config: Config, devices: DevicePlan) -> DType:
+    if config.model.dtype == "auto":
+        return "bfloat16" if devices.kind == "cuda" else "float32"
+    return parse_dtype(config.model.dtype)
+
+
+def _served_name(config: Config, checkpoint: Checkpoint) -> str:
+    return checkpoint.name if config.model.served_name == "auto" else config.model.served_name
+
+
+def _threads(config: Config, *, cores: int, num_workers: int) -> int:
+    threads = config.devices.threads
+    return max(1, cores // num_workers) if threads == "auto" else threads
+
+
+def _fixed_memory(
+    config: Config, devices: DevicePlan, *, checkpoint: Checkpoint, dtype: DType
+) -> Memory:
+    """What does not depend on the number of blocks."""
+    if devices.kind == "paced":
+        return Memory(weights=0, packed=0, kv=0, block=KV_SLOT_BYTES * config.kv.block_tokens)
+    shape = checkpoint.shape
+    return Memory(
+        weights=slab_bytes(shape, dtype),
+        packed=shape.packed_bytes(dtype) if devices.kind == "cpu" else 0,
+        kv=0,
+        block=shape.kv_block_bytes(dtype, block_tokens=config.kv.block_tokens),
+    )
+
+
+def _lengths(
+    config: Config, devices: DevicePlan, *, checkpoint: Checkpoint, block_bytes: int, room: int
+) -> tuple[int, int]:
+    """Longest sequence in tokens and number of KV blocks; `room` bytes are free for each worker."""
+    most = checkpoint.shape.max_positions
+    wanted = config.model.max_model_len
+    if wanted != "auto" and wanted > most:
+        raise ConfigError(
+            f"model.max_model_len = {wanted} (--max-model-len): {checkpoint.name} was built for "
+            f"{most} positions; write at most {most}"
+        )
+    max_model_len = most if wanted == "auto" else wanted
+    block_tokens = config.kv.block_tokens
+    longest = -(-max_model_len // block_tokens)
+    memory = config.kv.memory
+    if memory != "auto":
+        num_blocks = memory // block_bytes
+    elif devices.kind == "paced":
+        num_blocks = PROFILES[devices.profile].kv_tokens // block_tokens
+    else:
+        good = max(AUTO_KV_BYTES // block_bytes, 2 * longest)
+        most_useful = longest * config.batch.max_num_seqs
+        affordable = int(AUTO_KV_SHARE * max(0, room)) // block_bytes
+        num_blocks = min(good, most_useful, affordable)
+    if num_blocks >= longest:
+        return max_model_len, num_blocks
+    held = num_blocks * block_tokens
+    if wanted == memory == "auto" and held:
+        return held, num_blocks
+    words = "" if memory == "auto" else f" = {memory} bytes"
+    shorter = f" or model.max_model_len = {held} (--max-model-len)" if held else ""
+    raise ConfigError(
+        f"kv.memory{words}: room for {held} tokens, fewer than one sequence of {max_model_len}; "
+        f"write kv.memory = {longest * block_bytes}{shorter}"
+    )
+
+
+def _check_memory(plan: Plan) -> None:
+    num_workers = len(plan.devices.workers)
+    total = plan.memory.total(num_workers)
+    if total <= plan.machine.free_bytes:
+        return
+    fixed = total - num_workers * plan.memory.kv
+    margin = plan.memory.block + PAGE_BYTES  # scratch block, rounding
+    room = (plan.machine.free_bytes - fixed) // num_workers - margin
+    least = -(-plan.batcher.max_model_len // plan.config.kv.block_tokens) * plan.memory.block
+    if room > least:
+        fix = f"write kv.memory = {room}"
+    else:
+        fix = "use fewer devices (--devices), a shorter model.max_model_len or a smaller model"
+    raise ConfigError(
+        f"the plan needs {shown_bytes(total)} of memory and {shown_bytes(plan.machine.free_bytes)} "
+        f"are free; {fix}"
+    )
+
+
+def _meminfo(path: Path) -> int:
+    for line in path.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    raise ConfigError(f"{path} does not say MemAvailable; write kv.memory in bytes")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such control group, or its limit is "max"
+        return None
