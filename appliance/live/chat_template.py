@@ -3,7 +3,8 @@
 The environment is the one that template authors write for: immutable sandbox, `trim_blocks` and
 `lstrip_blocks`, loop controls, `tojson` without HTML escapes, `raise_exception`, `strftime_now`,
 the special tokens as variables, and the `{% generation %}` block, which marks text for training
-and renders to its body."""
+and renders to its body.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -2,7 +2,8 @@
 
 Neither torch nor transformers is needed: `config.json` and the headers of the safetensors files
 are JSON. A checkpoint that could not be served is refused here, before any process starts, with
-the file and the fix in the message."""
+the file and the fix in the message.
+"""
 
 import json
 import os

@@ -4,7 +4,8 @@ The channel is a socket pair of this incarnation alone, so a frame can never bel
 one. A life ends when the process has exited *and* its channel is read to the end; whichever comes
 first waits a moment for the other, because the exit status is the better cause of death. A
 channel that ends while the process lives means a broken worker: it is killed. A worker that the
-node kills is not listened to any more."""
+node kills is not listened to any more.
+"""
 
 import asyncio
 import os
@@ -64,8 +65,6 @@ class Incarnation(asyncio.Protocol):
         self.spawned_at: float | None = None
         self.heard_at = clock()
         """When the last bytes came (or the process was born)."""
-        self.refusal: str | None = None
-        """The reason it gave for not starting."""
         self._codecs = codecs
         self._clock = clock
         self._on_frame, self._on_stderr, self._on_death = on_frame, on_stderr, on_death
@@ -86,7 +85,6 @@ class Incarnation(asyncio.Protocol):
         self._last_words: deque[str] = deque(maxlen=20)
         self._connecting: asyncio.Task[None] | None = None
 
-    @property
     def is_deaf(self) -> bool:
         """The node has given it up: nothing it says counts any more."""
         return self._killed_for is not None
@@ -138,14 +136,14 @@ class Incarnation(asyncio.Protocol):
     # --- life ----------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self.is_deaf:
+        if self.is_deaf():
             return
         self.heard_at = self._clock()
         try:
             for frame in self._buffer.feed(data):
                 reports, payload = self._codecs.reports.decode(frame)
                 self._on_frame(self, reports, payload)
-                if self.is_deaf:
+                if self.is_deaf():
                     return
         except WireError as error:
             self.kill(f"it broke the protocol: {error}")
@@ -225,7 +223,7 @@ class Incarnation(asyncio.Protocol):
             how = "the fork server died"
         else:
             how = describe_exit(self._status)
-        words = self.refusal or (self._last_words[-1] if self._last_words else "")
+        words = self._last_words[-1] if self._last_words else ""
         return f"{how}: {words}" if words else how
 
     # --- last words ----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class Rejected(Exception):
 class Encoded(Record, frozen=True, kw_only=True):
     """Token ids of a prompt (`array("i")`) and the names of its full blocks under `salt`."""
 
-    ids: array[int]
+    ids: "array[int]"
     hashes: tuple[BlockHash, ...] = ()
     salt: str = ""
 

@@ -2,7 +2,8 @@
 
 A slab on CPU is an anonymous memory file: no name that could collide, nothing to unlink, gone
 with the last descriptor and mapping. Pages exist from their first touch. The node keeps the
-descriptor; each incarnation of a worker gets a duplicate of it and maps it."""
+descriptor; each incarnation of a worker gets a duplicate of it and maps it.
+"""
 
 import errno
 import fcntl

@@ -3,7 +3,8 @@
 `Spawner(preload)` starts the fork server and returns at once, so that its imports overlap with
 the rest of the start-up; call it on the main thread and before any other thread exists. `attach`
 connects it to the event loop. A fork server that dies takes its workers with it (they are killed,
-all exits are reported) and is started anew by the next `spawn`."""
+all exits are reported) and is started anew by the next `spawn`.
+"""
 
 import asyncio
 import os
@@ -26,6 +27,8 @@ from appliance.live.forkserver import (
     Spawned,
     boot_arguments,
 )
+
+CLOSE_SECONDS = 0.5
 
 
 class SpawnRequest(Record, frozen=True, kw_only=True):
@@ -92,7 +95,11 @@ class Spawner:
     def close(self) -> None:
         """End the fork server and whatever it still has as children; returns when it is reaped."""
         self._disconnect()
-        self._process.wait()
+        try:
+            self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:  # still at its imports: it has no children yet
+            self._process.kill()
+            self._process.wait()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,7 +1,8 @@
 """What the node counts: plain numbers, read when somebody asks.
 
 Counters only grow. Tokens are *computed* tokens and go on over the lives of a worker: a prefix
-taken from the cache is not in them, a prompt recomputed after a preemption is in them twice."""
+taken from the cache is not in them, a prompt recomputed after a preemption is in them twice.
+"""
 
 from collections import Counter
 from collections.abc import Callable

@@ -3,7 +3,8 @@
 One `Stream` per sequence holds the facts that only the node owns: prompt ids, emitted ids,
 sampling, the sink. Together they are the `SequenceState` from which any worker can go on. One
 step of a worker is fanned out in one call; what comes for an answer that has ended or is being
-cancelled is dropped."""
+cancelled is dropped.
+"""
 
 import logging
 from array import array

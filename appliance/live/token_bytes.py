@@ -3,7 +3,8 @@
 Both are read from the JSON of a `tokenizer.json`. The second gives a bound that needs no
 tokenising: a text of `b` bytes has at least `b / longest` tokens, *if* nothing in the pipeline
 can drop text and no token can stand for a run of unknown characters. Where that cannot be shown
-there is no bound."""
+there is no bound.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

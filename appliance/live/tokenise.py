@@ -2,7 +2,8 @@
 
 Everything whose time grows with the prompt runs in a small thread pool: rendering the chat
 template, `encode_batch` (which releases the interpreter lock) and naming the prompt's blocks. A
-text that cannot fit, whatever its tokens are, is refused before it is tokenised."""
+text that cannot fit, whatever its tokens are, is refused before it is tokenised.
+"""
 
 import asyncio
 import json
@@ -119,7 +120,7 @@ class TextService:
             return self.name_blocks(packed, salt)
         return await self._run(lambda: self.name_blocks(packed, salt))
 
-    def name_blocks(self, ids: array[int], salt: str) -> Encoded:
+    def name_blocks(self, ids: "array[int]", salt: str) -> Encoded:
         """`ids` with the names of their full blocks under `salt`; takes time for a long prompt."""
         hashes: tuple[int, ...] = ()
         if self._settings.prefix_cache:

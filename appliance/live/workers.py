@@ -9,7 +9,8 @@ confirmed dead gets a new one.
 The watch looks at every channel that has been silent for `silence_seconds`: a stopped process
 (state T in /proc) is killed, then its death is reported and its requests move; any other one is
 only flagged, until `kill_seconds` of silence. Heartbeats come from a thread, so a long step is
-not silent."""
+not silent.
+"""
 
 import asyncio
 import logging
@@ -60,8 +61,10 @@ class WorkerEvents(Protocol):
         """A line that the worker wrote to its standard error."""
 
 
-StartFactory = Callable[[WorkerId, int, bool], WorkerStart]
-"""(worker, epoch, load the weights?) -> what that incarnation is told."""
+class StartFactory(Protocol):
+    """Makes what an incarnation is told."""
+
+    def __call__(self, worker: WorkerId, epoch: int, *, load_weights: bool) -> WorkerStart: ...
 
 
 class Workers:
@@ -164,7 +167,7 @@ class Workers:
 
     def _launch(self, worker: WorkerId, epoch: int) -> None:
         load = not self._weights_complete
-        start = self._make_start(worker, epoch, load)
+        start = self._make_start(worker, epoch, load_weights=load)
         life = Incarnation(
             start,
             codecs=self._codecs,

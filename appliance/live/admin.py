@@ -1,0 +1,109 @@
+"""What the node shows of itself: the state document and the verdict on its health."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from appliance.core.lifecycle import WorkerState
+from appliance.core.view import WorkerView
+from appliance.live.records import Health
+
+if TYPE_CHECKING:
+    from appliance.live.node import Node
+
+
+def state_document(node: "Node", now: float) -> dict[str, Any]:
+    """Workers, queue and totals; times in seconds. Token counts are of computed tokens and go on
+    over the lives of a worker."""
+    view, stats, info = node.dispatcher.view, node.stats, node.info
+    return {
+        "workers": [_worker(node, worker, now) for worker in view.workers.values()],
+        "queue": {"waiting": view.num_waiting, "tokens": view.waiting_tokens},
+        "totals": {
+            "live": node.dispatcher.num_live,
+            "submitted": stats.submitted,
+            "sequences": stats.sequences,
+            "rejected": dict(stats.rejected),
+            "ended": dict(stats.ended),
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "emitted_tokens": stats.emitted_tokens,
+            "replaced": stats.replaced,
+        },
+        "model": info.model,
+        "policy": info.policy,
+        "version": info.version,
+        "draining": node.dispatcher.is_draining,
+        "uptime": now - node.started_at,
+    }
+
+
+def _worker(node: "Node", view: WorkerView, now: float) -> dict[str, Any]:
+    spec = next(spec for spec in node.settings.workers if spec.id == view.id)
+    life = node.workers.living.get(view.id)
+    stats = node.stats.workers[view.id]
+    load = view.load
+    return {
+        "id": view.id,
+        "device": "+".join(spec.devices),
+        "role": view.role.value,
+        "state": view.state.value,
+        "pid": None if life is None else life.pid,
+        "blocks": {
+            "total": load.blocks_total,
+            "free": load.blocks_free,
+            "cached": load.blocks_cached,
+            "held": load.blocks_held,
+            "leased": load.blocks_leased,
+        },
+        "tokens": {"prefill": stats.prefill_tokens, "decode": stats.decode_tokens},
+        "queued": load.queued,
+        "running": load.running,
+        "assigned": view.assigned,
+        "steps": stats.steps,
+        "step_seconds": view.step_seconds,
+        "preemptions": stats.preemptions,
+        "epoch": node.dispatcher.epoch(view.id),
+        "deaths": stats.deaths,
+        "last_cause": node.dispatcher.last_cause(view.id),
+        "age": now - view.as_of,
+    }
+
+
+def health(node: "Node", now: float) -> Health:
+    """Idle is healthy, a long step with a heartbeat is healthy. Not healthy are: a scheduler that
+    failed, workers that are all quarantined or have been away for long, and a worker that has
+    work and does not move."""
+    if node.broken:
+        return Health(ok=False, reason=node.broken)
+    workers = node.dispatcher.view.workers
+    if all(worker.state is WorkerState.QUARANTINED for worker in workers.values()):
+        causes = "; ".join(f"worker {each}: {node.dispatcher.last_cause(each)}" for each in workers)
+        return Health(ok=False, reason=f"every worker is quarantined ({causes})")
+    limit = node.settings.watch.kill_seconds
+    if node.unready_since is not None and now - node.unready_since > limit:
+        away = now - node.unready_since
+        return Health(ok=False, reason=f"no worker has been ready for {away:.0f} s")
+    stalled = stalls(node, workers, now)
+    if stalled:
+        return Health(ok=False, reason="; ".join(stalled))
+    busy = sum(worker.assigned > 0 for worker in workers.values())
+    return Health(ok=True, reason=f"{busy} of {len(workers)} workers have work" if busy else "idle")
+
+
+def stalls(node: "Node", workers: Mapping[Any, WorkerView], now: float) -> list[str]:
+    """Words for every ready worker that has work and makes no progress."""
+    limit = node.settings.stall_seconds
+    found = []
+    for worker in workers.values():
+        if worker.state is not WorkerState.READY or worker.assigned == 0:
+            continue
+        stats = node.stats.workers[worker.id]
+        silence = node.workers.silence(worker.id, now)
+        name = f"worker {worker.id} has work"
+        if silence > limit:
+            found.append(f"{name} and has given no sign of life for {silence:.1f} s")
+        elif stats.in_step is not None and stats.in_step > node.settings.watch.kill_seconds:
+            found.append(f"{name} and has been in one step for {stats.in_step:.0f} s")
+        elif stats.in_step is None and now - stats.moved_at > limit:
+            found.append(f"{name} and has made no step for {now - stats.moved_at:.1f} s")
+    return found
