@@ -5,7 +5,7 @@ the truth. `SeqView` is a Protocol that the Batcher's bookkeeping objects satisf
 step over hundreds of sequences copies nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
@@ -44,6 +44,27 @@ class WorkerView(Record, frozen=True, kw_only=True):
     """Kept free of new work by the mechanism (a suspected poison request runs here alone)."""
 
 
+class CostView(Protocol):
+    """What work costs on this node, as learnt so far; seconds."""
+
+    def step_seconds(self, worker: WorkerId) -> float:
+        """Mean of the worker's recent steps; 0 before the first."""
+
+    def prefill_seconds(self, num_tokens: int) -> float:
+        """Computing the KV of that many tokens."""
+
+    def decode_seconds(self, max_num_seqs: int) -> float:
+        """A whole answer's share of the steps of a full batch."""
+
+    def work_seconds(self, worker: WorkerView, new_tokens: int) -> float:
+        """Work at this worker if it also got a sequence with `new_tokens` to prefill."""
+
+    def backlog_seconds(
+        self, workers: Iterable[WorkerView], *, num_waiting: int, waiting_tokens: int
+    ) -> float:
+        """Until what is assigned to `workers` and what waits is done."""
+
+
 class NodeView(Protocol):
     """The node as the Dispatcher knows it."""
 
@@ -59,8 +80,16 @@ class NodeView(Protocol):
     def waiting_tokens(self) -> int:
         """Their prompt tokens."""
 
+    @property
+    def cost(self) -> CostView: ...
+
     def cached_blocks(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks of `hashes` that worker is believed to hold."""
+
+    def willing(self, request: Request, now: float) -> Sequence[WorkerId]:
+        """Workers that may get this waiting request now, by the mechanism's rules: ready, not
+        reserved, not full, large enough, and not one that has just refused it. An answer of `place`
+        outside of these is a mistake of the policy."""
 
 
 class SeqView(Protocol):

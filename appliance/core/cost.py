@@ -1,0 +1,84 @@
+"""What work costs on this node, learnt from what its workers report.
+
+A first, honest model with three means per node and one per worker, each an exponential average::
+
+    seconds of a step           per worker, of all its steps
+    seconds of a decode step    of steps that computed no prefill
+    seconds per prefill token   (step seconds - decode step seconds) / prefill tokens
+    tokens of an answer         of answers that ended
+
+It answers two questions: how much work waits at a worker (placement), and how long the backlog
+lasts (`Retry-After`). A sequence in decode costs its share of the steps of a full batch. Before
+anything was observed the model answers with its priors, so that an order between workers always
+exists."""
+
+from collections.abc import Iterable
+
+from appliance.core.messages import StepReported
+from appliance.core.types import WorkerId
+from appliance.core.view import WorkerView
+
+
+class CostModel:
+    """Seconds of prefill, of decode and of a backlog. State: the means above; `observe` alone
+    changes them, so equal reports give equal answers."""
+
+    def __init__(
+        self,
+        *,
+        prefill_token_seconds: float = 1e-4,
+        decode_step_seconds: float = 0.02,
+        answer_tokens: float = 64.0,
+        memory: float = 0.1,
+    ) -> None:
+        """The priors, and the weight of the newest observation in each mean (0 < memory <= 1)."""
+        self._prefill_token = prefill_token_seconds
+        self._decode_step = decode_step_seconds
+        self._answer = answer_tokens
+        self._memory = memory
+        self._steps: dict[WorkerId, float] = {}
+
+    def observe(self, report: StepReported) -> None:
+        """Learn from one step."""
+        weight = self._memory
+        elapsed = report.elapsed
+        mean = self._steps.get(report.worker)
+        self._steps[report.worker] = elapsed if mean is None else mean + weight * (elapsed - mean)
+        if report.prefill_tokens:
+            decode = self._decode_step if report.decode_tokens else 0.0
+            per_token = max(0.0, elapsed - decode) / report.prefill_tokens
+            self._prefill_token += weight * (per_token - self._prefill_token)
+        elif report.decode_tokens:
+            self._decode_step += weight * (elapsed - self._decode_step)
+        for end in report.finished:
+            self._answer += weight * (end.emitted_tokens - self._answer)
+
+    def step_seconds(self, worker: WorkerId) -> float:
+        """Mean of the worker's recent steps; 0 before the first."""
+        return self._steps.get(worker, 0.0)
+
+    def prefill_seconds(self, num_tokens: int) -> float:
+        """Computing the KV of that many tokens."""
+        return num_tokens * self._prefill_token
+
+    def decode_seconds(self, max_num_seqs: int) -> float:
+        """A whole answer's share of the steps of a full batch."""
+        return self._answer * self._decode_step / max(1, max_num_seqs)
+
+    def work_seconds(self, worker: WorkerView, new_tokens: int) -> float:
+        """Work at this worker if it also got a sequence with `new_tokens` to prefill."""
+        prefill = self.prefill_seconds(worker.pending_tokens + new_tokens)
+        return prefill + (worker.assigned + 1) * self.decode_seconds(worker.max_num_seqs)
+
+    def backlog_seconds(
+        self, workers: Iterable[WorkerView], *, num_waiting: int, waiting_tokens: int
+    ) -> float:
+        """Until what is assigned and what waits is done, spread evenly over `workers` (those that
+        serve; with none the waiting work counts as one worker's)."""
+        serving = list(workers)
+        seqs = max((worker.max_num_seqs for worker in serving), default=1)
+        total = self.prefill_seconds(waiting_tokens) + num_waiting * self.decode_seconds(seqs)
+        for worker in serving:
+            total += self.prefill_seconds(worker.pending_tokens)
+            total += worker.assigned * self.decode_seconds(worker.max_num_seqs)
+        return total / max(1, len(serving))

@@ -1,0 +1,342 @@
+"""The node-level scheduler: admits, places, keeps workers alive, and says how every request ended.
+
+Every call makes the same four moves: *record* what was heard, *decide* until nothing more is said,
+*check* the laws (with `validate`), *answer*. Mechanism lives here and decides what is legal; the
+policy decides what is wise: whom to admit, in which order, to which worker.
+
+Placement binds late: a request waits at the node until a worker is willing (it holds fewer
+requests than it can run, plus `queue_ahead`), so the queue stays where it can be ordered,
+cancelled and drained. From then on a placed request costs nothing per token but one lookup.
+
+The worker's ledger is the truth and what is kept here a hint: reports about requests that are not
+(or no longer) at the worker are normal and change nothing, as are those of workers that are not in
+service."""
+
+from collections.abc import Sequence
+from typing import assert_never
+
+from appliance.core.admission import legal_refusal, retry_after
+from appliance.core.cost import CostModel
+from appliance.core.invariants_node import NodeAuditor
+from appliance.core.isolation import Isolation
+from appliance.core.life_keeping import LifeKeeper
+from appliance.core.lifecycle import RequestState
+from appliance.core.messages import (
+    Abort,
+    Aborted,
+    Arrived,
+    CacheChanged,
+    Cancelled,
+    DrainExpired,
+    DrainStarted,
+    Heartbeat,
+    Input,
+    KvPulled,
+    Output,
+    Preempted,
+    Prefilled,
+    PullFailed,
+    Refused,
+    Reject,
+    Released,
+    Report,
+    RoleChanged,
+    StepReported,
+    WeightsLoaded,
+    Woke,
+    WorkerDown,
+    WorkerUp,
+)
+from appliance.core.node_state import DispatcherConfig, NodeState
+from appliance.core.slots import Accept, DispatchSlots, Refuse
+from appliance.core.types import ErrorKind, Phase, Request, RequestId, WorkerId, WorkerSpec
+from appliance.core.view import NodeView
+from appliance.core.worker_table import SERVING, WorkerSlot
+
+__all__ = ["Dispatcher", "DispatcherConfig", "PolicyMistake"]
+
+
+class PolicyMistake(Exception):
+    """A policy answered what the mechanism cannot carry out."""
+
+
+class Dispatcher:
+    """One node. Hears `Input`s in the order of their times, says `Output`s. Holds no clock: the
+    shell calls `handle(Woke(), now)` at the time `next_wakeup` names, and once at the start."""
+
+    def __init__(
+        self,
+        config: DispatcherConfig,
+        *,
+        workers: Sequence[WorkerSpec],
+        policy: DispatchSlots,
+        cost: CostModel | None = None,
+        validate: bool = False,
+    ) -> None:
+        """`validate` checks the laws after every message (for tests and `--validate`). Raises
+        `ValueError` without workers or with two of the same id."""
+        self._state = NodeState(config, workers=workers, cost=cost or CostModel())
+        self._policy = policy
+        self._life = LifeKeeper(self._state)
+        self._isolation = Isolation(self._state)
+        self._policy_wake: float | None = None
+        self._now = 0.0
+        self._auditor = NodeAuditor(self._state) if validate else None
+
+    # --- what a shell may read ----------------------------------------------------------------
+
+    @property
+    def view(self) -> NodeView:
+        """The node as policies see it."""
+        return self._state.view
+
+    @property
+    def num_live(self) -> int:
+        """Requests accepted and not ended."""
+        return len(self._state.requests)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are turned away for good."""
+        return self._state.is_draining
+
+    def request_state(self, request_id: RequestId) -> RequestState | None:
+        """The state of a live request; None for one that ended or never was."""
+        record = self._state.requests.get(request_id)
+        return None if record is None else record.state
+
+    def emitted_tokens(self, request_id: RequestId) -> int:
+        """Tokens that count as sent for a live request; 0 for others."""
+        record = self._state.requests.get(request_id)
+        return 0 if record is None else record.emitted
+
+    def last_cause(self, worker: WorkerId) -> str:
+        """What the worker's last death, or failed start, was put down to; empty if there was
+        none."""
+        return self._state.slots[worker].last_cause
+
+    def epoch(self, worker: WorkerId) -> int:
+        """Number of the worker's present incarnation."""
+        return self._state.slots[worker].epoch
+
+    def next_wakeup(self) -> float | None:
+        """When to call `handle(Woke(), ...)` if nothing else happens; None: no need."""
+        times = [
+            until
+            for record in self._state.requests.refused.values()
+            for _, until in record.avoid.values()
+            if until > self._now
+        ]
+        times += [at for at in (self._life.next_start, self._policy_wake) if at is not None]
+        return min(times, default=None)
+
+    # --- the four moves -----------------------------------------------------------------------
+
+    def handle(self, message: Input, now: float) -> list[Output]:
+        """Hear one message at `now` (never before the last one's) and answer what follows from it.
+
+        Raises `ValueError` for an `Arrived` whose id is alive and `PolicyMistake` for an impossible
+        decision; `LawBroken` with `validate`."""
+        out: list[Output] = []
+        self._state.out = out
+        self._now = now
+        self._record(message, now)
+        self._decide(now)
+        if self._auditor is not None:
+            self._auditor.check(message, now, outputs=out, promised=self._policy_wake is not None)
+        return out
+
+    def _decide(self, now: float) -> None:
+        state = self._state
+        self._life.start_due(now)
+        if len(state.requests) and state.is_abandoned:
+            self._end_all(now)
+        said = -1
+        while said != len(state.out):
+            said = len(state.out)
+            self._isolation.step(now)
+            self._place_waiting(now)
+        self._policy_wake = self._policy.wakeup(state.view, now)
+
+    def _record(self, message: Input, now: float) -> None:
+        match message:
+            case Arrived():
+                self._arrived(message.request, now)
+            case Cancelled():
+                self._cancelled(message, now)
+            case Woke():
+                pass
+            case DrainStarted():
+                self._state.is_draining = True
+            case DrainExpired():
+                self._drain_expired(now)
+            case _:
+                slot = self._state.slots.get(message.worker)
+                if slot is not None:
+                    self._report(slot, message, now)
+
+    # --- events -------------------------------------------------------------------------------
+
+    def _arrived(self, request: Request, now: float) -> None:
+        state = self._state
+        refusal = legal_refusal(state, request)
+        if refusal is None:
+            match self._policy.admit(state.view, request, now):
+                case Accept():
+                    state.requests.add(request, now)
+                    return
+                case Refuse(kind=kind, reason=reason, retry_after=after):
+                    if after is None and kind is ErrorKind.QUEUE_FULL:
+                        after = retry_after(state)
+                    refusal = Reject(
+                        request_id=request.id, kind=kind, reason=reason, retry_after=after
+                    )
+                case never:
+                    assert_never(never)
+        state.out.append(refusal)
+
+    def _cancelled(self, message: Cancelled, now: float) -> None:
+        record = self._state.requests.get(message.request_id)
+        if record is None or record.state is RequestState.CANCELLING:
+            return
+        if record.state is RequestState.WAITING:
+            words = "the request was cancelled"
+            self._state.fail(record, now, kind=message.kind, message=words)
+        else:
+            self._state.cancel(record, now, kind=message.kind)
+
+    def _drain_expired(self, now: float) -> None:
+        self._state.is_draining = True
+        for record in self._state.requests.records():
+            if record.state is RequestState.CANCELLING:
+                self._state.end_cancelled(record, now)
+                continue
+            if record.worker is not None:
+                self._state.out.append(Abort(worker=record.worker, request_id=record.request.id))
+            words = "the server shut down before the answer was complete"
+            self._state.fail(record, now, kind=ErrorKind.DRAIN_TIMEOUT, message=words)
+
+    def _end_all(self, now: float) -> None:
+        causes = "; ".join(f"worker {s.id}: {s.last_cause}" for s in self._state.slots.values())
+        for record in self._state.requests.records():
+            words = f"no worker is left to serve this request ({causes})"
+            self._state.fail(record, now, kind=ErrorKind.NO_WORKER, message=words)
+
+    # --- reports ------------------------------------------------------------------------------
+
+    def _report(self, slot: WorkerSlot, report: Report, now: float) -> None:
+        match report:
+            case WorkerUp():
+                self._life.worker_up(slot, report, now)
+            case WorkerDown():
+                self._life.worker_down(slot, report, now)
+            case Refused(command="Start"):
+                slot.last_words = report.reason
+            case _ if slot.state not in SERVING:
+                pass  # late words of an incarnation that is gone, or of one that is not up yet
+            case StepReported():
+                self._step_reported(slot, report, now)
+            case Heartbeat():
+                self._life.heartbeat(slot, report, now)
+            case CacheChanged():
+                slot.note_cache(report)
+            case Preempted():
+                self._preempted(slot, report)
+            case Aborted():
+                words = f"worker {slot.id} dropped the request"
+                self._given_back(slot, report.request_id, now, kind=ErrorKind.INTERNAL, words=words)
+            case Refused(command="Assign", request_id=int(request_id)):
+                self._given_back(
+                    slot, RequestId(request_id), now, kind=report.kind, words=report.reason
+                )
+            case RoleChanged():
+                slot.role = report.role
+                slot.touch()
+            case Refused() | Prefilled() | Released() | KvPulled() | PullFailed() | WeightsLoaded():
+                pass  # answers to what is never asked for here, or only of interest to the shell
+            case never:
+                assert_never(never)
+
+    def _step_reported(self, slot: WorkerSlot, report: StepReported, now: float) -> None:
+        """The hot path: once per step and worker, a lookup per sequence that emitted."""
+        slot.note_load(report.load, now)
+        slot.stepped = True
+        slot.proved_at = now
+        self._state.cost.observe(report)
+        assigned, decoding = slot.assigned, RequestState.DECODING
+        counts = report.counts
+        for index, request_id in enumerate(report.ids):
+            record = assigned.get(request_id)
+            if record is None:
+                continue
+            if record.pending:
+                self._state.settle(record)
+            if record.state is RequestState.ASSIGNED:
+                self._state.requests.move(record, decoding, now, worker=slot.id)
+                if record.first_token_at is None:
+                    record.first_token_at = now
+            if record.state is decoding:
+                record.emitted += counts[index] if counts else 1
+        for end in report.finished:
+            record = assigned.get(end.id)
+            if record is None:
+                continue
+            if record.state is RequestState.CANCELLING:
+                self._state.end_cancelled(record, now)
+            else:
+                self._state.finish(record, now, reason=end.reason, cached_tokens=end.cached_tokens)
+
+    def _preempted(self, slot: WorkerSlot, report: Preempted) -> None:
+        """It is recomputed at the same worker: its tokens are pending again."""
+        record = slot.assigned.get(report.request_id)
+        if record is not None and record.state is RequestState.DECODING and not record.pending:
+            record.pending = report.lost_tokens
+            slot.pending_tokens += report.lost_tokens
+            slot.touch()
+
+    def _given_back(
+        self, slot: WorkerSlot, request_id: RequestId, now: float, *, kind: ErrorKind, words: str
+    ) -> None:
+        """The worker does not serve it (any more): gone if it was cancelled, otherwise it waits
+        again, for another worker or until something changed, but not for ever."""
+        record = slot.assigned.get(request_id)
+        if record is None:
+            return
+        state, config = self._state, self._state.config
+        if record.state is RequestState.CANCELLING:
+            state.end_cancelled(record, now)
+            return
+        record.refusals += 1
+        if kind is ErrorKind.TOO_LONG or record.refusals > config.max_refusals:
+            state.fail(record, now, kind=kind, message=words)
+            return
+        pause = config.refusal_pause * 2 ** (record.refusals - 1)
+        state.requeue(record, now, avoid_until=now + pause)
+
+    # --- placement ----------------------------------------------------------------------------
+
+    def _place_waiting(self, now: float) -> None:
+        """Offer the waiting requests to the policy in its order while some worker is open."""
+        state = self._state
+        if not len(state.requests.queue) or not state.any_open():
+            return
+        view, place = state.view, self._policy.place
+        for request in self._policy.order(state.requests.queue.requests(), view, now):
+            record = state.requests.get(request.id)
+            if record is None or not state.requests.is_queued(record):
+                raise PolicyMistake(f"order: request {request.id} is not in the queue")
+            willing = state.willing(record, now)
+            if not willing:
+                continue
+            chosen = place(view, request, Phase.PREFILL, now)
+            if chosen is None:
+                continue
+            slot = state.slots.get(chosen)
+            if slot not in willing:
+                raise PolicyMistake(
+                    f"place: worker {chosen} may not get request {request.id}; willing: "
+                    f"{[s.id for s in willing]}; {record.story()}"
+                )
+            state.assign(record, slot, now)
+            if not state.any_open():
+                return

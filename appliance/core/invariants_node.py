@@ -1,0 +1,164 @@
+"""The laws of the node, one function each, checked after a message of the Dispatcher.
+
+Used by tests at every step and by `--validate`. Numbers are those of `docs/invariants.md`; 0 is the
+agreement of the Dispatcher's own books. Laws of one worker are in `invariants_batch`; law 6 (same
+inputs, same outputs) and law 12 (replay) are proved by `appliance.core.journal.replay`.
+"""
+
+from collections.abc import Callable, Sequence
+
+from appliance.core.lifecycle import RequestState, WorkerState
+from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Reject
+from appliance.core.node_state import NodeState
+from appliance.core.types import Record, RequestId
+
+
+class LawBroken(Exception):
+    """A law does not hold; `law` is its number."""
+
+    def __init__(self, law: int, words: str) -> None:
+        super().__init__(f"law {law}: {words}")
+        self.law = law
+
+
+class Heard(Record, frozen=True, kw_only=True):
+    """One call of the Dispatcher, as the laws look at it. `promised`: the policy named a
+    wake-up."""
+
+    state: NodeState
+    now: float
+    outputs: Sequence[Output]
+    promised: bool
+
+
+Law = Callable[[Heard], None]
+
+
+def law_0_books_agree(heard: Heard) -> None:
+    """A request is in exactly one place, and every sum is the sum of its parts."""
+    table = heard.state.requests
+    queued = [request.id for request in table.queue.requests()]
+    at_workers = [id_ for slot in heard.state.slots.values() for id_ in slot.assigned]
+    places = [*queued, *table.suspects, *at_workers]
+    live = [record.request.id for record in table.records()]
+    _want(0, sorted(places) == sorted(live), f"live {live}, but found {places}")
+    prompts = sum(request.prompt_tokens for request in table.queue.requests())
+    _want(0, table.queue.tokens == prompts, "waiting tokens are not those of the queue")
+    for slot in heard.state.slots.values():
+        pending = sum(record.pending for record in slot.assigned.values())
+        _want(0, slot.pending_tokens == pending, f"worker {slot.id}: pending tokens differ")
+        stray = [id_ for id_, record in slot.assigned.items() if record.worker != slot.id]
+        _want(0, not stray, f"worker {slot.id} lists requests {stray} that are elsewhere")
+
+
+def law_2_states_fit(heard: Heard) -> None:
+    """Who waits is at no worker, who does not wait is at a live one. (Every move was looked up.)"""
+    for record in heard.state.requests.records():
+        waits = record.state is RequestState.WAITING
+        _want(2, waits == (record.worker is None), record.story())
+        if record.worker is not None:
+            worker = heard.state.slots[record.worker].state
+            _want(2, worker is WorkerState.READY, f"its worker is {worker}; {record.story()}")
+
+
+def law_5_times_in_order(heard: Heard) -> None:
+    """Arrived <= assigned <= first token <= finished."""
+    for record in heard.state.requests.records():
+        times = [at for at, _, _ in record.history]
+        _want(5, times == sorted(times) and times[-1] <= heard.now, record.story())
+        if record.first_token_at is not None:
+            assigned = [at for at, s, _ in record.history if s is RequestState.ASSIGNED]
+            _want(5, assigned[0] <= record.first_token_at <= heard.now, record.story())
+
+
+def law_7_views_have_age(heard: Heard) -> None:
+    """No view claims to be from the future."""
+    for view in heard.state.view.workers.values():
+        _want(7, view.as_of <= heard.now, f"worker {view.id} as of {view.as_of} at {heard.now}")
+
+
+def law_8_work_conserving(heard: Heard) -> None:
+    """No waiting request has a willing worker, unless the policy named a time to ask again. A
+    suspect waits only while a worker is reserved for it or none can take it."""
+    for request in heard.state.requests.queue.requests():
+        record = heard.state.requests.get(request.id)
+        willing = [] if record is None else heard.state.willing(record, heard.now)
+        idle = bool(willing) and not heard.promised
+        _want(8, not idle, f"request {request.id} waits, willing: {[s.id for s in willing]}")
+    reserved = any(slot.reserved for slot in heard.state.slots.values())
+    for suspect in heard.state.requests.suspects.values():
+        able = [
+            slot.id
+            for slot in heard.state.slots.values()
+            if slot.state is WorkerState.READY and slot.takes(suspect, heard.now)
+        ]
+        _want(8, reserved or not able, f"suspect {suspect.request.id} waits, able: {able}")
+
+
+def law_10_no_assign_while_draining(heard: Heard) -> None:
+    """Work goes to ready workers only, and to a reserved one only the suspect that it waits for."""
+    for output in heard.outputs:
+        if isinstance(output, Assign):
+            slot = heard.state.slots[output.worker]
+            words = f"request {output.request.id} went to worker {slot.id}"
+            _want(10, slot.state is WorkerState.READY, f"{words}, which is {slot.state}")
+            record = heard.state.requests.get(output.request.id)
+            isolated = record is not None and record.isolated
+            _want(10, isolated == slot.reserved, f"{words}, reserved: {slot.reserved}")
+
+
+def r27_suspects_run_alone(heard: Heard) -> None:
+    """A request present at too many deaths never shares a worker again."""
+    for record in heard.state.requests.records():
+        if record.worker is not None and len(record.deaths) >= heard.state.config.poison_deaths:
+            mates = len(heard.state.slots[record.worker].assigned) - 1
+            _want(0, record.isolated and mates == 0, f"suspect with {mates}; {record.story()}")
+
+
+NODE_LAWS: Sequence[Law] = (
+    law_0_books_agree,
+    law_2_states_fit,
+    law_5_times_in_order,
+    law_7_views_have_age,
+    law_8_work_conserving,
+    law_10_no_assign_while_draining,
+    r27_suspects_run_alone,
+)
+
+
+class NodeAuditor:
+    """Checks `NODE_LAWS` after each message, and what needs a memory: law 1 and law 3."""
+
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+        self._live: set[RequestId] = set()
+        self._now = float("-inf")
+
+    def check(
+        self, message: Input, now: float, *, outputs: Sequence[Output], promised: bool
+    ) -> None:
+        """Raise `LawBroken` for the first law that does not hold."""
+        _want(3, now >= self._now, f"time went back from {self._now} to {now}")
+        self._now = now
+        self._ends_once(message, outputs)
+        heard = Heard(state=self._state, now=now, outputs=outputs, promised=promised)
+        for law in NODE_LAWS:
+            law(heard)
+
+    def _ends_once(self, message: Input, outputs: Sequence[Output]) -> None:
+        """Law 1: every accepted request ends exactly once, a rejected one never."""
+        rejected = {output.request_id for output in outputs if isinstance(output, Reject)}
+        if isinstance(message, Arrived) and message.request.id not in rejected:
+            self._live.add(message.request.id)
+        for output in outputs:
+            if isinstance(output, Ended):
+                known = output.request_id in self._live
+                _want(1, known, f"request {output.request_id} ended but was not alive")
+                self._live.remove(output.request_id)
+        table = {record.request.id for record in self._state.requests.records()}
+        _want(1, table == self._live, f"lost or kept: {sorted(table ^ self._live)}")
+
+
+def _want(law: int, holds: bool, words: str) -> None:
+    if not holds:
+        raise LawBroken(law, words)

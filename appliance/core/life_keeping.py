@@ -1,0 +1,123 @@
+"""Keeping workers alive: start, respawn with back-off, quarantine, and what becomes of their
+requests.
+
+* A dead worker is started again after `respawn_backoff`, doubled with every further *bad* death in
+  a row. `quarantine_deaths` bad deaths in a row end that: the worker stays down, the others serve
+  on.
+* A row of bad deaths is cut by an incarnation that *served healthily*: its last proof of health, a
+  finished step or an idle heartbeat, came `healthy_seconds` or more after it was up. An incarnation
+  that got work and never finished a step was not healthy, however long it idled before.
+* A death is not the worker's fault, and not bad, while a suspect runs there alone. When a suspect
+  is convicted, the earlier deaths it was present at are struck from the rows of the workers it
+  killed.
+* A dead worker's requests wait again, before those that were never placed, and go on elsewhere
+  after the tokens already sent. One that was being cancelled is gone with the worker.
+
+`docs/adr/0005-dispatcher-life-keeping.md` gives the reasons.
+"""
+
+from appliance.core.lifecycle import RequestState, WorkerState
+from appliance.core.messages import Heartbeat, Quarantine, StartWorker, WorkerDown, WorkerUp
+from appliance.core.node_state import NodeState
+from appliance.core.request_table import RequestRecord
+from appliance.core.types import ErrorKind
+from appliance.core.worker_table import WorkerSlot
+
+
+class LifeKeeper:
+    """Decides when workers start and what their death means. State lives in the slots."""
+
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+        self.next_start: float | None = 0.0
+        """The earliest `start_at` of all workers."""
+
+    def start_due(self, now: float) -> None:
+        """Say `StartWorker` for every worker whose time has come. A node that only drains and has
+        nothing left to finish starts none."""
+        if self.next_start is None or now < self.next_start:
+            return
+        if self._state.is_draining and not len(self._state.requests):
+            self.next_start = None
+            return
+        for slot in self._state.slots.values():
+            if slot.start_at is not None and now >= slot.start_at:
+                self._start(slot)
+        self._plan()
+
+    def worker_up(self, slot: WorkerSlot, report: WorkerUp, now: float) -> None:
+        """The incarnation that was started serves; any other one is not ours."""
+        if slot.state is WorkerState.STARTING and report.epoch == slot.epoch:
+            slot.up(report, now)
+
+    def heartbeat(self, slot: WorkerSlot, report: Heartbeat, now: float) -> None:
+        """An idle heartbeat is a proof of health; a load is taken over."""
+        if report.in_step is None:
+            slot.proved_at = now
+        if report.load is not None:
+            slot.note_load(report.load, now)
+
+    def worker_down(self, slot: WorkerSlot, report: WorkerDown, now: float) -> None:
+        """Free its requests, then respawn or quarantine it. Ignored for another incarnation."""
+        down = slot.state in (WorkerState.DEAD, WorkerState.QUARANTINED)
+        if down or report.epoch != slot.epoch:
+            return
+        healthy = self._was_healthy(slot)
+        lost = sorted(slot.assigned.values(), key=lambda record: record.order)
+        to_blame = any(record.isolated for record in lost)
+        for record in lost:
+            self._lose(record, slot, now)
+        slot.down()
+        words = slot.last_words
+        slot.last_cause = f"{words} ({report.cause})" if words else report.cause
+        if not to_blame:
+            if healthy:
+                slot.bad_epochs.clear()
+            slot.bad_epochs.append(slot.epoch)
+        self._respawn_or_quarantine(slot, now)
+
+    def _was_healthy(self, slot: WorkerSlot) -> bool:
+        if slot.up_at is None or slot.proved_at is None or (slot.given and not slot.stepped):
+            return False
+        return slot.proved_at - slot.up_at >= self._state.config.healthy_seconds
+
+    def _lose(self, record: RequestRecord, slot: WorkerSlot, now: float) -> None:
+        if record.state is RequestState.CANCELLING:
+            self._state.end_cancelled(record, now)
+        elif record.isolated:
+            self._convict(record)
+            words = f"{len(record.deaths) + 1} workers died while they served this request"
+            self._state.fail(record, now, kind=ErrorKind.POISON, message=words)
+        else:
+            record.deaths.append((slot.id, slot.epoch))
+            self._state.requeue(record, now)
+
+    def _convict(self, record: RequestRecord) -> None:
+        for worker, epoch in record.deaths:
+            rows = self._state.slots[worker].bad_epochs
+            if epoch in rows:
+                rows.remove(epoch)
+
+    def _respawn_or_quarantine(self, slot: WorkerSlot, now: float) -> None:
+        config = self._state.config
+        row = len(slot.bad_epochs)
+        if row >= config.quarantine_deaths:
+            slot.go(WorkerState.QUARANTINED)
+            words = f"{row} deaths in a row, the last: {slot.last_cause}"
+            self._state.out.append(Quarantine(worker=slot.id, reason=words))
+        else:
+            pause = config.respawn_backoff * 2 ** max(0, row - 1)
+            slot.start_at = now + min(pause, config.respawn_backoff_max)
+        self._plan()
+
+    def _start(self, slot: WorkerSlot) -> None:
+        slot.start_at = None
+        slot.epoch += 1
+        slot.last_words = ""
+        if slot.state is not WorkerState.STARTING:
+            slot.go(WorkerState.STARTING)
+        self._state.out.append(StartWorker(worker=slot.id, epoch=slot.epoch))
+
+    def _plan(self) -> None:
+        times = [slot.start_at for slot in self._state.slots.values() if slot.start_at is not None]
+        self.next_start = min(times, default=None)
