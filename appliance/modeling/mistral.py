@@ -1,0 +1,5 @@
+"""Mistral: Llama's layers. What set it apart, the sliding window, is refused when it is in use."""
+
+from appliance.modeling.llama import sources
+
+__all__ = ["sources"]
