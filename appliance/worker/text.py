@@ -65,10 +65,15 @@ class TokenText:
             return ByteStream(self._shown if skip_special else self._all)
         return WindowStream(self._tokenizer, skip_special=skip_special)
 
-    def printable_ids(self, limit: int) -> list[int]:
-        """Ids below `limit` whose text alone is not empty, valid and printable; ascending."""
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary, added tokens included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def printable_ids(self) -> list[int]:
+        """Ids whose text alone is not empty, valid and printable; ascending."""
         vocab = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        ids = sorted(id_ for id_ in vocab if id_ < limit and id_ not in self.special)
+        ids = sorted(id_ for id_ in vocab if id_ not in self.special)
         if self._byte_level:
             texts = [self._all[id_].decode("utf-8", "replace") for id_ in ids]
         else:

@@ -1,0 +1,291 @@
+"""The step loop of a worker: inbox, plan, execute, text, books, one frame; and again.
+
+One thread does all of it. Between two steps it reads what has arrived without waiting; with nothing
+to compute it sleeps until a frame, a wake-up of the Batcher, or the end. Up to `depth + 1` plans
+are outstanding and the oldest is executed first, so what the loop knows of a sequence may be a
+little ahead of what the Batcher has committed: results of a sequence that is no longer live are
+dropped, and the engine forgets a sequence only when no outstanding plan touches it.
+
+The whole outcome of a step leaves in one frame: `StepReported`, what else the Batcher has to say,
+and ids and ready text in columns.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from appliance.core.batcher import Batcher
+from appliance.core.messages import Abort, Assign, Command, Refused, Report, StepReported
+from appliance.core.payload import SequenceState, StepOutputs, TokenLogprobs
+from appliance.core.start import WorkerStart
+from appliance.core.types import (
+    ErrorKind,
+    FinishReason,
+    RequestId,
+    SeqResult,
+    StepPlan,
+    StepResult,
+)
+from appliance.worker.channel import Channel, Progress
+from appliance.worker.engine import Engine, SampledToken
+from appliance.worker.fault_actions import FaultPoints
+from appliance.worker.sequence_state import BlockNames, ServedSequence
+from appliance.worker.text import TokenText
+
+log = logging.getLogger(__name__)
+
+_LEAST_SLEEP = 0.001
+
+
+def _nothing() -> None:
+    """Default of a hook."""
+
+
+class StepLoop:
+    """Serves one worker's sequences until the node ends the conversation.
+
+    `run` and `listen_until` belong to one thread. Errors of engine, Batcher, channel pass."""
+
+    def __init__(
+        self,
+        start: WorkerStart,
+        *,
+        channel: Channel,
+        engine: Engine,
+        batcher: Batcher,
+        tokens: TokenText,
+        faults: FaultPoints,
+        progress: Progress,
+        on_idle: Callable[[], None] = _nothing,
+        after_step: Callable[[], None] = _nothing,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`on_idle` is called before the loop sleeps with nothing to compute; `after_step` when the
+        books of a step are closed (checks of the laws)."""
+        self._start = start
+        self._channel = channel
+        self._engine = engine
+        self._batcher = batcher
+        self._tokens = tokens
+        self._faults = faults
+        self._progress = progress
+        self._on_idle = on_idle
+        self._after_step = after_step
+        self._clock = clock
+        self._sequences: dict[RequestId, ServedSequence] = {}
+        self._plans: deque[StepPlan] = deque()
+        """Outstanding, oldest first."""
+        self._over: set[RequestId] = set()
+        """Of `_sequences`, those that are no longer live and wait for an outstanding plan."""
+        self._began: float | None = None
+        """When the present step took over from the one before; None: the worker was idle."""
+        self._decode_state = msgspec.msgpack.Decoder(SequenceState).decode
+        self._encode_outputs = msgspec.msgpack.Encoder().encode
+
+    def run(self) -> None:
+        """Serve until the node closes its side. Raises `NodeGone` if it dies."""
+        while True:
+            self._listen()
+            if self._channel.ended:
+                return
+            self._plan_ahead()
+            if self._plans:
+                self._step()
+            else:
+                self._sleep()
+
+    def listen_until(self, due: float) -> None:
+        """Wait for a moment on the clock and obey what arrives meanwhile. For an engine that has
+        its results before they are due."""
+        while (rest := due - self._clock()) > 0:
+            if self._channel.ended:
+                time.sleep(rest)
+            elif self._channel.wait(rest):
+                self._listen()
+
+    # --- commands -------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Obey everything that has arrived."""
+        reports: list[Report] = []
+        for commands, payload in self._channel.receive():
+            for command in commands:
+                reports += self._obey(command, payload)
+        if reports:
+            self._channel.send(reports)
+
+    def _obey(self, command: Command, payload: bytes) -> Sequence[Report]:
+        match command:
+            case Assign():
+                return self._assign(command, payload)
+            case Abort(request_id=request_id):
+                reports = self._batcher.handle(command, self._clock())
+                log.debug("request is aborted", extra={"request": request_id})
+                self._retire(request_id)
+                self._forget_over()
+                return reports
+            case _:
+                return self._batcher.handle(command, self._clock())
+
+    def _assign(self, command: Assign, payload: bytes) -> Sequence[Report]:
+        request = command.request
+        try:
+            state = self._read_state(command, payload)
+        except (msgspec.MsgspecError, ValueError) as error:
+            reason = f"the state of the sequence does not fit its request: {error}"
+            log.error("request is refused", extra={"request": request.id, "reason": reason})
+            return [
+                Refused(
+                    worker=self._start.worker,
+                    command="Assign",
+                    kind=ErrorKind.INTERNAL,
+                    reason=reason,
+                    request_id=request.id,
+                )
+            ]
+        names = None
+        if self._start.batcher.enable_prefix_cache:
+            names = BlockNames(
+                state,
+                request.prefix_hashes,
+                block_tokens=self._start.block_tokens,
+                key=self._start.hash_key,
+            )
+            request = msgspec.structs.replace(request, prefix_hashes=names.names)
+            command = msgspec.structs.replace(command, request=request)
+        reports = self._batcher.handle(command, self._clock())
+        if self._batcher.is_live(request.id):
+            served = ServedSequence(
+                state, names, tokens=self._tokens, keep_prompt=self._faults.wants_tokens
+            )
+            self._sequences[request.id] = served
+            self._over.discard(request.id)
+            self._engine.add(request.id, state)
+            log.debug(
+                "request is assigned",
+                extra={"request": request.id, "prompt_tokens": request.prompt_tokens},
+            )
+            self._faults.reach("worker.assign", served.prompt_ids)
+        return reports
+
+    def _read_state(self, command: Assign, payload: bytes) -> SequenceState:
+        state = self._decode_state(payload)
+        for what, ids, expected in (
+            ("prompt", state.prompt, command.request.prompt_tokens),
+            ("emitted", state.emitted, command.emitted_tokens),
+        ):
+            if len(ids) != 4 * expected:
+                raise ValueError(f"{what} has {len(ids)} bytes, {expected} ids of int32 were named")
+        named = len(command.request.prefix_hashes) * self._start.block_tokens
+        if 4 * named > len(state.prompt) + len(state.emitted):
+            raise ValueError(f"prefix_hashes name {named} tokens")
+        return state
+
+    # --- steps ----------------------------------------------------------------------------------
+
+    def _plan_ahead(self) -> None:
+        plans = self._plans
+        while len(plans) <= self._start.batcher.depth:
+            plan = self._batcher.next_step(self._clock())
+            if plan is None:
+                return
+            plans.append(plan)
+
+    def _sleep(self) -> None:
+        """Nothing can be computed now."""
+        self._on_idle()
+        self._began = self._progress.began = None
+        wakeup = self._batcher.next_wakeup()
+        seconds = None if wakeup is None else max(wakeup - self._clock(), _LEAST_SLEEP)
+        self._channel.wait(seconds)
+
+    def _step(self) -> None:
+        """Execute the oldest plan and tell the node what came of it."""
+        plan = self._plans[0]
+        touched = self._prompt_ids(plan)
+        began = self._clock() if self._began is None else self._began
+        self._progress.began = began
+        self._faults.reach("worker.before_step", touched)
+        sampled = self._engine.execute(plan)
+        self._faults.reach("worker.after_step", touched)
+        self._began = now = self._clock()
+        self._plans.popleft()
+        outputs, results = self._read(sampled)
+        result = StepResult(step=plan.step, results=tuple(results), elapsed=now - began)
+        reports = self._batcher.finish_step(result, now)
+        self._close(reports, outputs)
+        self._progress.step = plan.step
+        self._progress.began = now
+        self._faults.reach("worker.before_send", touched)
+        self._channel.send(reports, self._encode_outputs(outputs))
+        self._after_step()
+
+    def _read(self, sampled: Sequence[SampledToken]) -> tuple[StepOutputs, list[SeqResult]]:
+        """Text and block names of what was sampled for live sequences."""
+        is_live, sequences = self._batcher.is_live, self._sequences
+        ids: list[RequestId] = []
+        tokens: list[list[int]] = []
+        texts: list[str] = []
+        logprobs: list[list[TokenLogprobs] | None] = []
+        results: list[SeqResult] = []
+        any_logprobs = False
+        for item in sampled:
+            id_, token = item.id, item.token
+            if not is_live(id_):
+                continue
+            sequence = sequences[id_]
+            text, stopped = sequence.text.push(token)
+            ids.append(id_)
+            tokens.append([token])
+            texts.append(text)
+            if item.logprobs is None:
+                logprobs.append(None)
+            else:
+                logprobs.append([item.logprobs])
+                any_logprobs = True
+            results.append(
+                SeqResult(
+                    id=id_,
+                    num_tokens=1,
+                    stopped=FinishReason.STOP if stopped else None,
+                    hashes=() if sequence.names is None else sequence.names.push(token),
+                )
+            )
+        outputs = StepOutputs(
+            ids=ids, tokens=tokens, texts=texts, logprobs=logprobs if any_logprobs else None
+        )
+        return outputs, results
+
+    def _close(self, reports: Sequence[Report], outputs: StepOutputs) -> None:
+        """Give out the text of what has ended for length, and forget all that is over."""
+        step = reports[0]
+        if not isinstance(step, StepReported) or step.ids != tuple(outputs.ids):
+            raise RuntimeError(f"the Batcher's report is not that of {outputs.ids}: {step}")
+        for finished in step.finished:
+            if finished.reason is FinishReason.LENGTH:
+                place = outputs.ids.index(finished.id)
+                outputs.texts[place] += self._sequences[finished.id].text.flush()
+            self._retire(finished.id)
+        if self._over:
+            self._forget_over()
+
+    def _retire(self, request_id: RequestId) -> None:
+        if request_id in self._sequences and not self._batcher.is_live(request_id):
+            self._over.add(request_id)
+
+    def _forget_over(self) -> None:
+        """Drop what is over and in no outstanding plan."""
+        held = {work.id for plan in self._plans for work in plan.work} if self._plans else ()
+        for request_id in [id_ for id_ in self._over if id_ not in held]:
+            self._over.discard(request_id)
+            del self._sequences[request_id]
+            self._engine.drop(request_id)
+
+    def _prompt_ids(self, plan: StepPlan) -> frozenset[int]:
+        if not self._faults.wants_tokens:
+            return frozenset()
+        served = (self._sequences.get(work.id) for work in plan.work)
+        return frozenset().union(*(each.prompt_ids for each in served if each is not None))

@@ -1,0 +1,227 @@
+"""A worker process from its first byte to its exit status.
+
+`run` is the entry point. The process learns what it is from the start record, opens its engine,
+says `WeightsLoaded` and `WorkerUp`, and serves until one of these ends it:
+
+====================================  ==  ====================================================
+the node closes its writing side       0  the running step is finished first
+the start fails                        3  `Refused(command="Start")` and the last line on stderr
+engine, Batcher or protocol fail      70  nothing more is sent; the last line on stderr
+the node dies, or reads nothing       71  at once, whatever is being computed
+====================================  ==  ====================================================
+
+Ctrl-C and SIGTERM are the node's business: it drains, and then closes its side.
+"""
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Never
+
+from appliance.core.batcher import Batcher
+from appliance.core.faults import FaultPlan
+from appliance.core.messages import Refused, WeightsLoaded, WorkerUp
+from appliance.core.start import WorkerStart
+from appliance.core.types import ErrorKind
+from appliance.logs import set_up
+from appliance.policy import make_policy
+from appliance.worker.channel import Channel, Heart, NodeGone, Progress, receive_start
+from appliance.worker.engine import Engine, EngineError
+from appliance.worker.fault_actions import FaultPoints
+from appliance.worker.loop import StepLoop
+from appliance.worker.paced_engine import PacedEngine
+from appliance.worker.text import TokenText
+
+log = logging.getLogger(__name__)
+
+EXIT_START = 3
+EXIT_FAILED = 70
+EXIT_ORPHANED = 71
+
+_PR_SET_PDEATHSIG = 1
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def run(sock: socket.socket) -> None:
+    """Serve the node at the other end of `sock`; returns at the orderly end only."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
+    faulthandler.enable()
+    try:
+        start, fds = receive_start(sock)
+    except NodeGone:
+        os._exit(EXIT_ORPHANED)
+    _Worker(sock, start).serve(fds)
+
+
+class _Worker:
+    """The parts of one worker process, put together."""
+
+    def __init__(self, sock: socket.socket, start: WorkerStart) -> None:
+        self._start = start
+        set_up(style="json" if start.log_json else "human", level=start.log_level)
+        _name_records(start)
+        self._channel = Channel(sock)
+        self._progress = Progress()
+        self._heart = Heart(
+            self._channel,
+            self._progress,
+            worker=start.worker,
+            seconds=start.heartbeat_seconds,
+            on_death=lambda: os._exit(EXIT_ORPHANED),
+        )
+
+    def serve(self, fds: Sequence[int]) -> None:
+        """Start, work, end. Every way out but the orderly one leaves the process here."""
+        self._heart.start()
+        try:
+            loop = self._open(fds)
+        except NodeGone:
+            os._exit(EXIT_ORPHANED)
+        except Exception as error:
+            self._give_up_start(error)
+        try:
+            loop.run()
+        except NodeGone as gone:
+            log.warning("the node has gone", extra={"cause": str(gone)})
+            os._exit(EXIT_ORPHANED)
+        except Exception as error:
+            self._fail(error)
+        self._heart.stop()
+        log.debug("the node has ended this worker")
+
+    def _open(self, fds: Sequence[int]) -> StepLoop:
+        start, began = self._start, time.monotonic()
+        faults = FaultPoints(FaultPlan(start.faults, worker=start.worker, epoch=start.epoch))
+        faults.reach("worker.start")
+        policy = make_policy(start.policy, start.policy_settings)
+        engine, on_idle, attend = open_engine(start, fds)
+        faults.reach("worker.weights")
+        tokens = TokenText.load(start.model_dir)
+        batcher = Batcher(
+            start.worker, start.batcher, groups=engine.info.groups, policy=policy.batch
+        )
+        loop = StepLoop(
+            start,
+            channel=self._channel,
+            engine=engine,
+            batcher=batcher,
+            tokens=tokens,
+            faults=faults,
+            progress=self._progress,
+            on_idle=on_idle,
+        )
+        attend(loop.listen_until)
+        gc.collect()
+        gc.freeze()  # what lives now lives for ever: the collector need not look at it
+        seconds = time.monotonic() - began
+        self._announce(engine, seconds)
+        return loop
+
+    def _announce(self, engine: Engine, seconds: float) -> None:
+        start, info = self._start, engine.info
+        for note in info.notes:
+            log.info("engine: %s", note)
+        log.info("worker is ready", extra={"seconds": seconds, "weights": info.weights_source})
+        loaded = WeightsLoaded(worker=start.worker, source=info.weights_source, seconds=seconds)
+        up = WorkerUp(
+            worker=start.worker,
+            epoch=start.epoch,
+            groups=info.groups,
+            max_num_seqs=start.batcher.max_num_seqs,
+            max_batch_tokens=start.batcher.max_batch_tokens,
+        )
+        self._channel.send([loaded])
+        self._channel.send([up])
+
+    def _give_up_start(self, error: Exception) -> Never:
+        log.error("worker cannot start", exc_info=error)
+        line = last_line(self._start, error)
+        refused = Refused(
+            worker=self._start.worker, command="Start", kind=ErrorKind.INTERNAL, reason=line
+        )
+        with suppress(NodeGone):
+            self._channel.send([refused])
+        _leave(EXIT_START, line)
+
+    def _fail(self, error: Exception) -> Never:
+        log.error("worker has failed", exc_info=error)
+        _leave(EXIT_FAILED, last_line(self._start, error))
+
+
+Attend = Callable[[Callable[[float], None]], None]
+
+
+def _nothing(*_: object) -> None:
+    """A hook that an engine has no use for."""
+
+
+def open_engine(
+    start: WorkerStart, fds: Sequence[int]
+) -> tuple[Engine, Callable[[], None], Attend]:
+    """The engine that the record names, what to call when it is idle, and who wants to be told how
+    to wait. The descriptors are closed: the engine has mapped what is behind them.
+
+    Raises `ValueError` for an unknown engine, and what the engine raises."""
+    *weights, kv_fd = fds
+    try:
+        match start.engine:
+            case "paced":
+                paced = PacedEngine.open(start, weights_fd=None, kv_fd=kv_fd)
+                return paced, paced.rest, paced.wait_with
+            case "torch":
+                if not weights:
+                    raise ValueError("the torch engine needs the descriptor of a weight slab")
+                from appliance.worker.torch_engine import TorchEngine
+
+                engine = TorchEngine.open(start, weights_fd=weights[0], kv_fd=kv_fd)
+                return engine, _nothing, _nothing
+            case other:
+                raise ValueError(f"unknown engine {other!r}; use 'torch' or 'paced'")
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def last_line(start: WorkerStart, error: Exception) -> str:
+    """One line that names worker, device, cause and what to do."""
+    who = f"worker {start.worker} on {', '.join(start.devices)}"
+    what = " ".join(str(error).split()) or type(error).__name__
+    if any(words in what.lower() for words in _MEMORY_WORDS) or isinstance(error, MemoryError):
+        what = what.removesuffix(".")
+        advice = "" if "lower " in what else "; lower [kv] memory or [batch] max_batch_tokens"
+        return f"{who}: {what}{advice}"
+    if isinstance(error, EngineError | OSError | ValueError):
+        return f"{who}: {what}"
+    return f"{who}: {type(error).__name__}: {what}; a defect, please report the traceback above"
+
+
+def _leave(code: int, line: str) -> Never:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - the last line, in plain words
+    os._exit(code)
+
+
+def _name_records(start: WorkerStart) -> None:
+    """Every log record of this process says which worker speaks."""
+
+    def add_worker(record: logging.LogRecord) -> bool:
+        record.worker = start.worker
+        return True
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(add_worker)
+
+
+def _die_with_parent() -> None:
+    """Backstop for a node that dies so that nobody closes the socket: the kernel kills this process
+    with the fork server, which ends with the node."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
