@@ -90,10 +90,10 @@ class PolicySection(Section, frozen=True, kw_only=True):
 
 
 class QueueSection(Section, frozen=True, kw_only=True):
-    """What may wait before new requests get 429."""
+    """What may wait for a worker before new requests get 429."""
 
     max_requests: Positive = 1024
-    max_tokens: Positive = 4_000_000
+    max_tokens: Positive = 1_000_000
 
 
 class WorkersSection(Section, frozen=True, kw_only=True):
@@ -101,6 +101,7 @@ class WorkersSection(Section, frozen=True, kw_only=True):
 
     heartbeat_ms: Milliseconds = 100.0
     stop_detect_ms: Milliseconds = 600.0
+    stall_seconds: Annotated[float, Meta(gt=0)] = 5.0
     stall_kill_seconds: Annotated[float, Meta(gt=0)] = 30.0
     respawn_backoff_ms: Milliseconds = 100.0
     respawn_backoff_max_ms: Milliseconds = 10_000.0
@@ -127,7 +128,7 @@ class JournalSection(Section, frozen=True, kw_only=True):
     """The record of everything the schedulers heard and said."""
 
     path: str = ""
-    ring_records: Positive = 65_536
+    ring_records: Positive = 20_000
     check_laws: bool = False
 
 

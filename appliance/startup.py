@@ -8,9 +8,9 @@ costs the operator a second and not a minute::
     KV of a worker        (num_blocks + 1 for scratch) * block_tokens * bytes per token
 
 `kv.memory = "auto"` is `AUTO_KV_BYTES` or two longest sequences, whichever is more, but no more
-than `max_num_seqs` sequences could fill and no more than the worker's share of `AUTO_KV_SHARE` of the
-free memory. If the longest sequence then does not fit and `model.max_model_len` is "auto" too, the
-latter shrinks, and the plan says so. A paced worker has its profile's number of tokens.
+than `max_num_seqs` sequences could fill and no more than the worker's share of `AUTO_KV_SHARE` of
+the free memory. If the longest sequence then does not fit and `model.max_model_len` is "auto" too,
+the latter shrinks, and the plan says so. A paced worker has its profile's number of tokens.
 """
 
 from pathlib import Path
@@ -19,9 +19,11 @@ import msgspec
 
 from appliance.config import Config, ConfigError, bundled_models
 from appliance.core.model_shape import PAGE_BYTES, DType, kv_slab_bytes, parse_dtype, slab_bytes
+from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, Record
 from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
+from appliance.policy import PolicySettingsError, make_policy
 from appliance.worker.profiles import KV_SLOT_BYTES, PROFILES, paced_kv_slab_bytes
 
 AUTO_KV_BYTES = 256 * 1024**2
@@ -65,6 +67,7 @@ class Plan(Record, frozen=True, kw_only=True):
     batcher: BatcherConfig
     num_blocks: int
     memory: Memory
+    policy: Policy
     notes: tuple[str, ...] = ()
     """What the operator should know of how "auto" was decided."""
 
@@ -79,6 +82,10 @@ def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
     max_model_len, num_blocks = _lengths(
         config, devices, checkpoint=checkpoint, block_bytes=fixed.block, room=room
     )
+    try:
+        policy = make_policy(config.policy.name, config.policy.settings)
+    except PolicySettingsError as error:
+        raise ConfigError(f"policy.name or policy.settings: {error}") from error
     notes = [devices.why] if devices.why else []
     if config.model.max_model_len == "auto" and max_model_len < checkpoint.shape.max_positions:
         notes.append(
@@ -109,6 +116,7 @@ def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
         ),
         num_blocks=num_blocks,
         memory=msgspec.structs.replace(fixed, kv=kv_bytes),
+        policy=policy,
         notes=tuple(notes),
     )
     _check_memory(plan)

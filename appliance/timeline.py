@@ -6,6 +6,7 @@ start is compared with the same clock now (its resolution is a hundredth of a se
 
 import os
 import time
+from operator import itemgetter
 from pathlib import Path
 
 
@@ -17,15 +18,16 @@ def process_age() -> float:
 
 
 class Timeline:
-    """Stages in the order in which they were reached."""
+    """Stages in the order in which they were reached (noted late or not)."""
 
     def __init__(self) -> None:
         self._zero = time.monotonic() - process_age()
         self.stages: list[tuple[str, float]] = []
         """(name, seconds since the process was created)"""
 
-    def reached(self, stage: str) -> float:
-        """Note that `stage` is done; its time."""
-        seconds = time.monotonic() - self._zero
+    def reached(self, stage: str, *, at: float | None = None) -> float:
+        """Note that `stage` is done (now, or `at` on the monotonic clock); its time."""
+        seconds = (time.monotonic() if at is None else at) - self._zero
         self.stages.append((stage, seconds))
+        self.stages.sort(key=itemgetter(1))
         return seconds

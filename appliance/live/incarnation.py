@@ -15,6 +15,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import cast
 
 import msgspec
 
@@ -116,15 +117,14 @@ class Incarnation(asyncio.Protocol):
         await self._loop.create_unix_connection(lambda: self, sock=ours)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is not a subclass
         for frame in self._unsent:
-            transport.write(frame)
+            self._transport.write(frame)
         self._unsent.clear()
         if self._closing:
-            transport.write_eof()
+            self._transport.write_eof()
         if self._killed_for is not None or self._over:
-            transport.abort()
+            self._transport.abort()
 
     def spawned(self, pid: int) -> None:
         """The fork server has forked it."""
@@ -218,13 +218,12 @@ class Incarnation(asyncio.Protocol):
 
     def _cause(self) -> str:
         if self._killed_for is not None:
-            how = f"killed by the node: {self._killed_for}"
-        elif self._status is None:
-            how = "the fork server died"
-        else:
-            how = describe_exit(self._status)
-        words = self._last_words[-1] if self._last_words else ""
-        return f"{how}: {words}" if words else how
+            return f"killed by the node: {self._killed_for}"
+        if self._status is None:
+            return "the fork server died"
+        how = describe_exit(self._status)
+        chosen = os.WIFEXITED(self._status) and bool(self._last_words)
+        return f"{how}: {self._last_words[-1]}" if chosen else how
 
     # --- last words ----------------------------------------------------------------------------
 

@@ -1,0 +1,151 @@
+"""`appliance start`: the only place where the objects of a node are put together.
+
+Order matters for the time to the first token: what can fail cheaply (arguments, configuration,
+devices, the port, the checkpoint's headers) comes first; then the fork server begins its imports in
+a process of its own, and this process does its own imports meanwhile.
+
+Exit codes: 0 served and drained, or nothing to do; 1 it could not be served; 2 what was asked for
+cannot be understood or cannot fit; 130 or 143 ended at once by a (second) signal. The last line on
+stderr names cause and fix.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from appliance import __version__
+from appliance.timeline import Timeline
+
+if TYPE_CHECKING:
+    from appliance.config import Config
+    from appliance.screen import Screen
+
+FLAGS: Sequence[tuple[str, str, str, type, str]] = (
+    ("--model", "model", "path", str, "directory, bundled model or local hub-cache id"),
+    ("--served-model-name", "model", "served_name", str, "name that requests use"),
+    ("--max-model-len", "model", "max_model_len", int, "longest prompt and answer, tokens"),
+    ("--dtype", "model", "dtype", str, "auto, float32 or bfloat16"),
+    ("--devices", "devices", "spec", str, "auto, cpu:2, paced:4[@PROFILE] or cuda:0,1"),
+    ("--host", "server", "host", str, "address to listen on"),
+    ("--port", "server", "port", int, "TCP port, 0 for any free one"),
+    ("--log-format", "log", "format", str, "human or json"),
+    ("--log-level", "log", "level", str, "debug, info, warning or error"),
+)
+"""Flags that stand for a key: (flag, section, key, type, help)."""
+
+
+PRELOAD: Mapping[str, Sequence[str]] = {
+    "torch": ("appliance.worker.main", "appliance.worker.torch_engine"),
+    "paced": ("appliance.worker.main", "appliance.worker.paced_engine"),
+}
+"""What the fork server imports before it forks workers, by engine; as names, for it alone."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    timeline = Timeline()
+    options = _parser().parse_args(arguments)
+    timeline.reached("python")
+    from appliance.config import ConfigError, default_text
+    from appliance.listening import CannotServe
+    from appliance.live.checkpoint import CheckpointError
+
+    if options.command == "config":
+        print(default_text(), end="")
+        return 0
+    try:
+        return _start(options, timeline)
+    except ConfigError as error:
+        return _last_line(error, code=2)
+    except (CheckpointError, CannotServe) as error:
+        return _last_line(error, code=1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _last_line(error: Exception, *, code: int) -> int:
+    print(f"appliance: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="appliance", description="Serve a language model.")
+    parser.add_argument("--version", action="version", version=f"appliance {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    start = commands.add_parser("start", help="serve a model over HTTP")
+    start.add_argument("--config", metavar="F", help="configuration file (else ./config.toml)")
+    for flag, section, key, kind, words in FLAGS:
+        text = f"{words} (sets {section}.{key})"
+        start.add_argument(flag, dest=f"{section}.{key}", type=kind, metavar="X", help=text)
+    start.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="set any key of the configuration",
+    )
+    start.add_argument("--validate", action="store_true", help="check the scheduler's laws")
+    start.add_argument("--dry-run", action="store_true", help="print the plan and end")
+    commands.add_parser("config", help="print the commented default configuration")
+    return parser
+
+
+def _start(options: argparse.Namespace, timeline: Timeline) -> int:
+    """Everything that can fail without a process comes before the first process."""
+    from appliance.config import fault_rules
+    from appliance.devices import count_gpus, plan_devices
+    from appliance.listening import listen
+    from appliance.startup import make_plan, read_machine
+
+    config = _configuration(options)
+    faults = fault_rules(config, environ=os.environ)
+    machine = read_machine(cores=len(os.sched_getaffinity(0)))
+    devices = plan_devices(config.devices.spec, cores=machine.cores, count_gpus=count_gpus)
+    timeline.reached("configuration read")
+    if options.dry_run:
+        _screen().plan(make_plan(config, devices, machine=machine))
+        return 0
+    listener = listen(config.server.host, config.server.port)
+    plan = make_plan(config, devices, machine=machine)
+    timeline.reached("port taken, checkpoint checked")
+
+    from appliance.live.spawner import Spawner
+
+    spawner = Spawner(PRELOAD[devices.engine])
+    timeline.reached("fork server begun")
+
+    from appliance import logs
+    from appliance.serve import serve
+
+    timeline.reached("server imported")
+    logs.set_up(style=config.log.format, level=config.log.level)
+    screen = _screen()
+    screen.plan(plan)
+    serve(plan, listener=listener, spawner=spawner, faults=faults, timeline=timeline, screen=screen)
+    return 0
+
+
+def _screen() -> "Screen":
+    from appliance.screen import Screen
+
+    return Screen()
+
+
+def _configuration(options: argparse.Namespace) -> "Config":
+    """File, then flags, then `--set`."""
+    from appliance.config import find_file, load, parse_assignment
+
+    overrides: dict[str, dict[str, Any]] = {}
+    for _, section, key, _, _ in FLAGS:
+        value = getattr(options, f"{section}.{key}")
+        if value is not None:
+            overrides.setdefault(section, {})[key] = value
+    if options.validate:
+        overrides.setdefault("journal", {})["check_laws"] = True
+    for assignment in options.set:
+        section, key, value = parse_assignment(assignment)
+        overrides.setdefault(section, {})[key] = value
+    return load(find_file(options.config, directory=Path.cwd()), overrides)

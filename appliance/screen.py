@@ -1,0 +1,97 @@
+"""What an operator reads at the start: the plan, the timeline, and how to talk to the server."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from appliance import __version__
+from appliance.startup import Plan, shown_bytes
+from appliance.worker.profiles import PROFILES
+
+
+class Screen:
+    """The terminal, or a file or pipe that gets the same words uncoloured."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def plan(self, plan: Plan) -> None:
+        """The plan, one fact a line."""
+        self._console.print(f"[bold]appliance {__version__}[/bold]")
+        for label, words in _facts(plan):
+            self._console.print(f"  [cyan]{label:9}[/cyan] {escape(words)}")
+
+    def timeline(self, stages: Sequence[tuple[str, float]]) -> None:
+        """Seconds since the process was created, stage by stage."""
+        self._console.print("  [cyan]timeline[/cyan]  seconds since the process was created")
+        for name, seconds in stages:
+            self._console.print(f"  {'':9} [bold]{seconds:5.2f}[/bold]  {escape(name)}")
+
+    def address(self, *, url: str, model: str) -> None:
+        """Where the server is, and a request to paste."""
+        self._console.print(f"\n[bold green]serving {escape(model)} at {url}[/bold green]\n")
+        self._console.print(escape(curl(url, model)) + "\n")
+
+
+def curl(url: str, model: str) -> str:
+    """A ready-to-paste request."""
+    body = (
+        f'{{"model": "{model}", "messages": [{{"role": "user", "content": "reverse: abc"}}], '
+        '"temperature": 0}'
+    )
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    shape, workers = plan.checkpoint.shape, plan.devices.workers
+    yield (
+        "model",
+        f"{plan.served_name}: {shape.family}, {_millions(shape.num_parameters)} parameters, "
+        f"{plan.dtype}, {shape.max_positions} positions",
+    )
+    yield "files", str(plan.checkpoint.directory)
+    names = ", ".join(dict.fromkeys(device for worker in workers for device in worker.devices))
+    each = f", {plan.threads} threads each" if plan.threads > 1 else ""
+    yield "devices", f"{len(workers)} {_plural('worker', len(workers))} on {names}{each}"
+    if plan.devices.kind == "paced":
+        profile = PROFILES[plan.devices.profile]
+        yield "profile", f"{profile.name}: {profile.note}; tokens are drawn, not computed"
+    roles = ", ".join(f"{worker.id} {worker.role}" for worker in workers)
+    yield "roles", roles
+    yield "links", "node to worker: Unix socket; weights and KV: shared memory; no KV moves yet"
+    yield "memory", _memory(plan)
+    tokens = plan.num_blocks * plan.config.kv.block_tokens
+    yield (
+        "kv cache",
+        f"per worker {plan.num_blocks} blocks of {plan.config.kv.block_tokens} tokens = {tokens} "
+        f"tokens; longest sequence {plan.batcher.max_model_len}",
+    )
+    yield (
+        "batch",
+        f"up to {plan.batcher.max_num_seqs} sequences, {plan.batcher.max_batch_tokens} tokens a "
+        f"step, depth {plan.batcher.depth}; policy {plan.config.policy.name}",
+    )
+    for note in plan.notes:
+        yield "note", note
+
+
+def _memory(plan: Plan) -> str:
+    number = len(plan.devices.workers)
+    memory = plan.memory
+    parts = [f"KV {shown_bytes(memory.kv)}"]
+    if memory.packed:
+        parts.insert(0, f"packed weights {shown_bytes(memory.packed)}")
+    weights = f"weights {shown_bytes(memory.weights)} + " if memory.weights else ""
+    return (
+        f"{weights}{number} x ({' + '.join(parts)}) = {shown_bytes(memory.total(number))} "
+        f"of {shown_bytes(plan.machine.free_bytes)} free"
+    )
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"

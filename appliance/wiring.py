@@ -1,0 +1,131 @@
+"""From the plan to the objects of a node: each package gets its own frozen settings.
+
+Nothing here decides anything; it translates names and units (milliseconds of the configuration into
+the seconds of everything else).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from appliance import __version__
+from appliance.api.settings import ApiSettings
+from appliance.config import Config, SloSection
+from appliance.core.dispatcher import DispatcherConfig
+from appliance.core.faults import FaultRule
+from appliance.core.types import Slo
+from appliance.live.journal_file import JournalFile
+from appliance.live.node import Node
+from appliance.live.settings import NodeSettings
+from appliance.live.spawner import Spawner
+from appliance.live.tokenise import TextService, TextSettings
+from appliance.live.workers import PoolPlan, WatchSettings
+from appliance.startup import Plan
+
+WORKER_ENTRY = "appliance.worker.main:run"
+"""A name and not a function: this process never imports what a worker imports."""
+
+
+def build_node(
+    plan: Plan,
+    *,
+    faults: Sequence[FaultRule],
+    spawner: Spawner,
+    stderr: Callable[[str], object],
+) -> Node:
+    """The node of this plan, not started. `stderr` takes the lines that workers write to theirs.
+
+    Raises `TokenizerError`, `TemplateFailed` or `JournalFileError`."""
+    config = plan.config
+    text = TextService(
+        plan.checkpoint.directory,
+        TextSettings(
+            max_model_len=plan.batcher.max_model_len,
+            vocab_size=plan.checkpoint.shape.vocab_size,
+            block_tokens=config.kv.block_tokens,
+            hash_key=os.urandom(32),
+            prefix_cache=config.kv.prefix_cache,
+        ),
+    )
+    return Node(
+        node_settings(plan, faults),
+        text,
+        policy=plan.policy,
+        spawner=spawner,
+        stderr=stderr,
+        journal_file=_journal_file(config.journal.path),
+    )
+
+
+def dispatcher_config(plan: Plan) -> DispatcherConfig:
+    """Bounds of the node's scheduler."""
+    queue, workers = plan.config.queue, plan.config.workers
+    return DispatcherConfig(
+        max_model_len=plan.batcher.max_model_len,
+        max_queue=queue.max_requests,
+        max_queue_tokens=queue.max_tokens,
+        respawn_backoff=workers.respawn_backoff_ms / 1000,
+        respawn_backoff_max=workers.respawn_backoff_max_ms / 1000,
+        quarantine_deaths=workers.quarantine_deaths,
+        poison_deaths=workers.poison_deaths,
+    )
+
+
+def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
+    """Everything the live node is told."""
+    config, checkpoint = plan.config, plan.checkpoint
+    return NodeSettings(
+        model=plan.served_name,
+        version=__version__,
+        fingerprint=checkpoint.fingerprint,
+        model_dir=str(checkpoint.directory),
+        dtype=plan.dtype,
+        eos_token_ids=checkpoint.eos_ids,
+        workers=plan.devices.workers,
+        engine=plan.devices.engine,
+        pool=PoolPlan(
+            entry=WORKER_ENTRY, weight_bytes=plan.memory.weights, kv_bytes=plan.memory.kv
+        ),
+        batcher=plan.batcher,
+        block_tokens=config.kv.block_tokens,
+        num_blocks=plan.num_blocks,
+        dispatcher=dispatcher_config(plan),
+        policy=config.policy.name,
+        policy_settings=config.policy.settings,
+        profile=plan.devices.profile,
+        threads=plan.threads,
+        watch=WatchSettings(
+            silence_seconds=config.workers.stop_detect_ms / 1000,
+            kill_seconds=config.workers.stall_kill_seconds,
+        ),
+        heartbeat_seconds=config.workers.heartbeat_ms / 1000,
+        stall_seconds=config.workers.stall_seconds,
+        journal_records=config.journal.ring_records,
+        faults=tuple(faults),
+        validate=config.journal.check_laws,
+        log_level=config.log.level,
+        log_json=config.log.format == "json",
+    )
+
+
+def api_settings(config: Config) -> ApiSettings:
+    """Everything the HTTP surface is told."""
+    return ApiSettings(
+        max_body_bytes=config.server.max_body_bytes,
+        max_stream_buffer_bytes=config.server.max_stream_buffer_bytes,
+        slo_classes={name: slo_class(name, section) for name, section in config.slo.items()},
+    )
+
+
+def slo_class(name: str, section: SloSection) -> Slo:
+    """The class in seconds; 0 ms is "no target"."""
+    return Slo(
+        class_name=name,
+        ttft=section.ttft_ms / 1000 or None,
+        tpot=section.tpot_ms / 1000 or None,
+        weight=section.weight,
+    )
+
+
+def _journal_file(path: str) -> JournalFile | None:
+    return JournalFile(Path(path)) if path else None
