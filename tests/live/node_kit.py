@@ -22,7 +22,7 @@ from appliance.live.records import Delta, End, Submission, Ticket
 from appliance.live.settings import NodeSettings
 from appliance.live.spawner import Spawner
 from appliance.live.tokenise import TextService, TextSettings
-from appliance.live.workers import PoolPlan, WatchSettings
+from appliance.live.workers import PoolPlan
 from appliance.policy import make_policy
 from appliance.worker.profiles import paced_kv_slab_bytes
 
@@ -80,9 +80,7 @@ def make_settings(
     checkpoint = open_checkpoint(MODEL)
     torch = engine == "torch"
     kv_bytes = (
-        kv_slab_bytes(
-            checkpoint.shape, "float32", num_blocks=num_blocks, block_tokens=BLOCK_TOKENS
-        )
+        kv_slab_bytes(checkpoint.shape, "float32", num_blocks=num_blocks, block_tokens=BLOCK_TOKENS)
         if torch
         else paced_kv_slab_bytes(num_blocks=num_blocks, block_tokens=BLOCK_TOKENS)
     )
@@ -203,7 +201,7 @@ async def settled(node: Node, seconds: float = 10.0) -> dict[str, Any]:
         ]
 
     async with asyncio.timeout(seconds):
-        while (state := node.state())["totals"]["live"] or leaked(state):
+        while (state := node.state())["totals"]["live"] or leaked(state):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     return state
 
@@ -211,5 +209,5 @@ async def settled(node: Node, seconds: float = 10.0) -> dict[str, Any]:
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Wait for something to become true."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
