@@ -1,7 +1,11 @@
 """The address: taken before anything is loaded, so that a port in use is found at once."""
 
+import errno
 import socket
 
+_ADDRESS_FIX = (
+    "set server.host (--host) to an address of this machine, 127.0.0.1 for this machine only"
+)
 BACKLOG = 1024
 """Connections that the kernel keeps while the server still starts."""
 
@@ -19,8 +23,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise CannotServe(
-            f"cannot listen on host {host!r}: {error.strerror}; set server.host (--host) to an "
-            "address of this machine"
+            f"cannot listen on host {host!r}: {error.strerror}; {_ADDRESS_FIX}"
         ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -29,8 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise CannotServe(
-            f"cannot listen on {host}:{port}: {error.strerror}; stop what uses the port, or set "
-            "server.port (--port) to another one, 0 for any free one"
+            f"cannot listen on {host}:{port}: {error.strerror}; {_fix(error)}"
         ) from error
     listener.setblocking(False)
     return listener
@@ -42,3 +44,16 @@ def url_of(listener: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _fix(error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                "stop what uses the port, or set server.port (--port) to another one, 0 for any "
+                "free one"
+            )
+        case errno.EACCES:
+            return "set server.port (--port) to 1024 or above, or give this user the right to it"
+        case _:
+            return _ADDRESS_FIX

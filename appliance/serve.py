@@ -49,7 +49,8 @@ class Signals:
         if not self.first.done():
             self.first.set_result(number)
             return
-        message = f"appliance: ended at once by a second {number.name}; open requests are lost\n"
+        name = signal.Signals(number).name
+        message = f"appliance: ended at once by a second signal ({name}); open requests are lost\n"
         os.write(sys.stderr.fileno(), message.encode())
         os._exit(128 + number)
 
