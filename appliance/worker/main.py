@@ -119,6 +119,7 @@ class _Worker:
             faults=faults,
             progress=self._progress,
             on_idle=on_idle,
+            after_step=_laws_of(batcher) if start.validate else _nothing,
         )
         attend(loop.listen_until)
         gc.collect()
@@ -190,6 +191,13 @@ def open_engine(
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _laws_of(batcher: Batcher) -> Callable[[], None]:
+    """What `--validate` checks after each step."""
+    from appliance.core.invariants import BatchWatch
+
+    return BatchWatch(batcher).check
 
 
 def last_line(start: WorkerStart, error: Exception) -> str:

@@ -4,6 +4,7 @@ import socket
 import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from appliance.core.batcher import Batcher
 from appliance.core.faults import FaultPlan, FaultRule
 from appliance.core.hashes import chain, root_hash
+from appliance.core.invariants import BatchWatch
 from appliance.core.messages import Assign, Command, Heartbeat, Report, StepReported
 from appliance.core.payload import Sampling, SequenceState, StepOutputs
 from appliance.core.start import WorkerStart
@@ -149,6 +151,7 @@ class Rig:
             tokens=tokens,
             faults=FaultPoints(FaultPlan(tuple(faults), worker=W, epoch=1)),
             progress=Progress(),
+            after_step=BatchWatch(self.batcher).check,
         )
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run)
@@ -171,7 +174,8 @@ class Rig:
         return self
 
     def send(self, command: Command, payload: bytes = b"") -> None:
-        self.node.sendall(self._encode([command], payload))
+        with suppress(ConnectionError):  # a test of a loop that dies looks at `error`
+            self.node.sendall(self._encode([command], payload))
 
     def assign(
         self,
@@ -202,7 +206,10 @@ class Rig:
 
     def read(self) -> bool:
         """Take in what the loop sends next; False when it has closed."""
-        data = self.node.recv(1 << 16)
+        try:
+            data = self.node.recv(1 << 16)
+        except ConnectionResetError:  # it left without reading everything
+            return False
         for frame in self._buffer.feed(data):
             reports, payload = self._codec.decode(frame)
             outputs = None
