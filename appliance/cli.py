@@ -28,7 +28,7 @@ FLAGS: Sequence[tuple[str, str, str, type, str]] = (
     ("--served-model-name", "model", "served_name", str, "name that requests use"),
     ("--max-model-len", "model", "max_model_len", int, "longest prompt and answer, tokens"),
     ("--dtype", "model", "dtype", str, "auto, float32 or bfloat16"),
-    ("--devices", "devices", "spec", str, "auto, cpu:2, paced:4[@PROFILE] or cuda:0,1"),
+    ("--devices", "devices", "spec", str, "auto, cpu:2 or paced:4[@PROFILE]"),
     ("--host", "server", "host", str, "address to listen on"),
     ("--port", "server", "port", int, "TCP port, 0 for any free one"),
     ("--log-format", "log", "format", str, "human or json"),

@@ -16,13 +16,13 @@ from appliance.worker.profiles import DEFAULT_PROFILE, device_profile
 
 MAX_WORKERS = 64
 _COUNTED = re.compile(r"(cpu|paced)(?::(\d+))?(?:@([\w.-]+))?")
-_LISTED = re.compile(r"cuda:(\d+(?:,\d+)*)")
+_LISTED = re.compile(r"cuda:\d+(?:,\d+)*")
 
 
 class DevicePlan(Record, frozen=True, kw_only=True):
     """Workers as asked for, and the engine they run."""
 
-    kind: Literal["cpu", "paced", "cuda"]
+    kind: Literal["cpu", "paced"]
     workers: tuple[WorkerSpec, ...]
     profile: str = ""
     why: str = ""
@@ -42,13 +42,11 @@ def plan_devices(spec: str, *, cores: int, count_gpus: Callable[[], int]) -> Dev
         return _auto(cores, count_gpus())
     if (match := _COUNTED.fullmatch(spec)) is not None:
         return _counted(spec, match, cores)
-    if (match := _LISTED.fullmatch(spec)) is not None:
-        cards = [int(number) for number in match[1].split(",")]
-        _check_cards(spec, cards, count_gpus())
-        return DevicePlan(kind="cuda", workers=_specs([f"cuda:{card}" for card in cards]))
+    if _LISTED.fullmatch(spec):
+        raise _no_cuda(spec, count_gpus())
     raise ConfigError(
-        f"devices.spec = {spec!r} (--devices): write auto, cpu:2, paced:4, "
-        f"paced:4@{DEFAULT_PROFILE} or cuda:0,1"
+        f"devices.spec = {spec!r} (--devices): write auto, cpu:2, paced:4 "
+        f"or paced:4@{DEFAULT_PROFILE}"
     )
 
 
@@ -68,11 +66,9 @@ def count_gpus() -> int:
 
 
 def _auto(cores: int, num_gpus: int) -> DevicePlan:
-    if num_gpus:
-        cards = [f"cuda:{card}" for card in range(num_gpus)]
-        return DevicePlan(kind="cuda", workers=_specs(cards), why=f"auto: {num_gpus} CUDA cards")
     number = min(2, cores)
-    why = f"auto: no CUDA card, min(2, {cores} cores) CPU workers"
+    cards = f"{num_gpus} CUDA cards stay idle (not built yet)" if num_gpus else "no CUDA card"
+    why = f"auto: {cards}, min(2, {cores} cores) CPU workers"
     return DevicePlan(kind="cpu", workers=_specs(["cpu"] * number), why=why)
 
 
@@ -96,17 +92,12 @@ def _counted(spec: str, match: re.Match[str], cores: int) -> DevicePlan:
     return DevicePlan(kind="paced", workers=workers, profile=profile)
 
 
-def _check_cards(spec: str, cards: list[int], num_gpus: int) -> None:
-    if num_gpus == 0:
-        raise ConfigError(
-            f"devices.spec = {spec!r} (--devices): no CUDA device is visible on this machine; "
-            "use --devices cpu:2, or install the NVIDIA driver"
-        )
-    if max(cards) >= num_gpus:
-        raise ConfigError(
-            f"devices.spec = {spec!r} (--devices): there is no cuda:{max(cards)}; this machine has "
-            f"cuda:0 to cuda:{num_gpus - 1}"
-        )
+def _no_cuda(spec: str, num_gpus: int) -> ConfigError:
+    seen = f"{num_gpus} are visible" if num_gpus else "none is visible on this machine"
+    return ConfigError(
+        f"devices.spec = {spec!r} (--devices): this version does not compute on CUDA devices "
+        f"({seen}); use --devices cpu:2"
+    )
 
 
 def _specs(devices: list[str]) -> tuple[WorkerSpec, ...]:

@@ -75,7 +75,7 @@ class Plan(Record, frozen=True, kw_only=True):
 def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
     """Read the checkpoint and do the arithmetic. Raises `ConfigError` or `CheckpointError`."""
     checkpoint = open_checkpoint(find_model(config.model.path, bundled=bundled_models()))
-    dtype = _dtype(config, devices)
+    dtype = _dtype(config)
     fixed = _fixed_memory(config, devices, checkpoint=checkpoint, dtype=dtype)
     num_workers = len(devices.workers)
     room = (machine.free_bytes - fixed.total(num_workers)) // num_workers
@@ -144,9 +144,9 @@ def shown_bytes(number: int) -> str:
     return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
 
 
-def _dtype(config: Config, devices: DevicePlan) -> DType:
+def _dtype(config: Config) -> DType:
     if config.model.dtype == "auto":
-        return "bfloat16" if devices.kind == "cuda" else "float32"
+        return "float32"
     return parse_dtype(config.model.dtype)
 
 
@@ -168,7 +168,7 @@ def _fixed_memory(
     shape = checkpoint.shape
     return Memory(
         weights=slab_bytes(shape, dtype),
-        packed=shape.packed_bytes(dtype) if devices.kind == "cpu" else 0,
+        packed=shape.packed_bytes(dtype),
         kv=0,
         block=shape.kv_block_bytes(dtype, block_tokens=config.kv.block_tokens),
     )

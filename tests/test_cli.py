@@ -151,8 +151,8 @@ def endless(server: Running, **changes: Any) -> tuple[http.client.HTTPConnection
         (
             ["--devices", "cuda:0"],
             2,
-            "devices.spec = 'cuda:0' (--devices): no CUDA device is visible on this machine; "
-            "use --devices cpu:2, or install the NVIDIA driver",
+            "devices.spec = 'cuda:0' (--devices): this version does not compute on CUDA devices "
+            "(none is visible on this machine); use --devices cpu:2",
         ),
         (
             ["--devices", "paced:2@b1000"],
