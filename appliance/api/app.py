@@ -1,0 +1,130 @@
+"""The application: routes, and what is true of every answer whatever route it comes from."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+
+from appliance.api import admin, chat, completions, health, metrics, models, tokens
+from appliance.api.context import CONTEXT, REQUEST_ID, Context, stamp
+from appliance.api.decode import BodyDecoder, too_large
+from appliance.api.errors import ApiError, shown
+from appliance.api.metrics import Metrics
+from appliance.api.observe import ApiStats
+from appliance.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from appliance.api.settings import ApiSettings
+from appliance.live.node import Node
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build_app(node: Node, settings: ApiSettings) -> web.Application:
+    """The HTTP surface of `node`. Serve it with `make_runner`."""
+    app = web.Application(middlewares=[errors_as_json], client_max_size=settings.max_body_bytes)
+    context = Context(node=node, settings=settings, stats=ApiStats())
+    app[CONTEXT] = context
+    app[chat.DECODER] = BodyDecoder(ChatBody)
+    app[completions.DECODER] = BodyDecoder(CompletionBody)
+    app[tokens.TOKENIZE] = BodyDecoder(TokenizeBody)
+    app[tokens.DETOKENIZE] = BodyDecoder(DetokenizeBody)
+    app[metrics.METRICS] = Metrics(node, context.stats)
+    app.on_response_prepare.append(_finish_headers)
+    app.cleanup_ctx.append(_sample_loop_lag)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat.handle),
+            web.post("/v1/completions", completions.handle),
+            web.get("/v1/models", models.handle_list),
+            web.get("/v1/models/{model:.+}", models.handle_one),
+            web.post("/tokenize", tokens.handle_tokenize),
+            web.post("/detokenize", tokens.handle_detokenize),
+            web.get("/health", health.handle_health),
+            web.get("/ready", health.handle_ready),
+            web.get("/metrics", metrics.handle),
+            web.get("/version", models.handle_version),
+            web.get("/admin/state", admin.handle_state),
+            web.get("/admin/requests/{name}", admin.handle_request),
+        ]
+    )
+    return app
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """A runner that cancels a handler as soon as its client has gone, as every route here needs."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, handle_signals=False)
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request its id, and every failure its error object."""
+    stamp(request)
+    try:
+        response = await handler(request)
+    except ApiError as error:
+        response = error.response()
+    except web.HTTPException as error:
+        response = _routing_error(request, error).response()
+    except ConnectionError:
+        raise  # the client has gone: nobody to answer
+    except Exception:
+        logger.exception(
+            "%s %s failed", request.method, request.path, extra={"request_id": request[REQUEST_ID]}
+        )
+        response = ApiError(
+            f"Something broke in the server; its log names the request {request[REQUEST_ID]}.",
+            status=500,
+            code="internal_error",
+        ).response()
+    _count(request, response.status)
+    return response
+
+
+def _routing_error(request: web.Request, error: web.HTTPException) -> ApiError:
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return ApiError(
+            f"{request.method} is not allowed for {shown(request.path)}; use {allowed}.",
+            status=405,
+            code="method_not_allowed",
+            headers={"Allow": allowed},
+        )
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return too_large(request.app[CONTEXT].settings.max_body_bytes)
+    if error.status == 404:
+        return ApiError(
+            f"There is no {request.method} {shown(request.path)}; API routes begin with /v1.",
+            status=404,
+            code="unknown_url",
+        )
+    return ApiError(error.reason, status=error.status, code="bad_request")
+
+
+def _count(request: web.Request, status: int) -> None:
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource is not None else "unknown"
+    request.app[CONTEXT].stats.responses[route, status] += 1
+
+
+async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = request[REQUEST_ID]
+    response.headers["Server"] = "appliance"
+
+
+async def _sample_loop_lag(app: web.Application) -> AsyncIterator[None]:
+    context = app[CONTEXT]
+    task = asyncio.create_task(_measure_lag(context.stats, context.settings.loop_lag_interval))
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _measure_lag(stats: ApiStats, interval: float) -> None:
+    """How much later than asked the loop wakes a sleeper, again and again."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        due = clock() + interval
+        await asyncio.sleep(interval)
+        stats.loop_lag.observe(max(0.0, clock() - due))

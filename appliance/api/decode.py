@@ -1,0 +1,168 @@
+"""From the bytes of a body to a checked struct, and every way in which that fails.
+
+The body is read twice, both times in C: once into the struct (types, syntax, depth, surrogates),
+once into plain objects, because only those show duplicate keys and fields that the struct does not
+know.
+"""
+
+import json
+import re
+from typing import Any, Generic, NoReturn, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from appliance.api.errors import ApiError, shown
+from appliance.api.schemas import REFUSED, fields_of
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+MAX_NAMED = 32
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
+
+
+class Decoded(msgspec.Struct, Generic[B], frozen=True):
+    """A body that has the right shape, and the names of the fields nobody looked at."""
+
+    body: B
+    ignored: tuple[str, ...]
+
+
+class _DuplicateKey(Exception):
+    """An object names a key twice: which value is meant is anybody's guess."""
+
+
+async def read_body(request: web.Request, *, max_bytes: int) -> bytes:
+    """The whole body. Raises `ApiError` 413 when it is over `max_bytes`, 415 when not JSON."""
+    kind = request.headers.get("Content-Type")
+    media = request.content_type
+    if kind is not None and media != "application/json" and not media.endswith("+json"):
+        raise ApiError(
+            f"The body is declared as {shown(media)}; send `Content-Type: application/json`.",
+            status=415,
+            code="unsupported_media_type",
+        )
+    if request.content_length is not None and request.content_length > max_bytes:
+        raise too_large(max_bytes)
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise too_large(max_bytes) from error
+
+
+def too_large(max_bytes: int) -> ApiError:
+    """The error for a body over the limit."""
+    return ApiError(
+        f"The request body is over the limit of {max_bytes} bytes; send less, "
+        "or raise server.max_body_bytes.",
+        status=413,
+        code="request_too_large",
+    )
+
+
+class BodyDecoder(Generic[B]):
+    """Decodes the bodies of one route."""
+
+    def __init__(self, schema: type[B]) -> None:
+        self._decoder: msgspec.json.Decoder[B] = msgspec.json.Decoder(schema)
+        self._known = fields_of(schema)
+
+    def decode(self, data: bytes) -> Decoded[B]:
+        """Raises `ApiError` 400 naming the field for anything that is not a well-formed body, and
+        for a field that is known and not served."""
+        if not data.strip():
+            raise _malformed("The request body is empty; send a JSON object.")
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _malformed(f"The body is not valid UTF-8 (byte {error.start}).") from error
+        try:
+            fields = _plain_object(text)
+            refuse_unsupported(fields, known=self._known)
+            body = self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            _raise_invalid(str(error))
+        except _DuplicateKey as error:
+            raise ApiError(
+                f"{shown(str(error))} is given twice in one object; give it once.",
+                code="duplicate_key",
+                param=str(error) if _PLAIN_NAME.fullmatch(str(error)) else None,
+            ) from error
+        except RecursionError as error:
+            raise _malformed("The body is nested too deeply.") from error
+        except (msgspec.DecodeError, ValueError) as error:
+            raise _malformed(
+                f"The body is not valid JSON: {shown(str(error), limit=160)}"
+            ) from error
+        return Decoded(body, _ignored(fields, self._known))
+
+
+def refuse_unsupported(fields: dict[str, Any], *, known: frozenset[str]) -> None:
+    """Raise `ApiError` for the first field that would change the answer and is not built."""
+    for name, value in fields.items():
+        if value is None or name in known or name not in REFUSED:
+            continue
+        if not REFUSED[name](value):
+            raise ApiError(
+                f"'{name}' is not supported with the value {shown(value)}; leave it out.",
+                code="unsupported_parameter",
+                param=name,
+            )
+
+
+def _plain_object(text: str) -> dict[str, Any]:
+    fields = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    if not isinstance(fields, dict):
+        raise ApiError(
+            f"The body must be a JSON object, not {_json_type(fields)}.", code="invalid_type"
+        )
+    return fields
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _DuplicateKey(name)
+            seen.add(name)
+    return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _json_type(value: object) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _ignored(fields: dict[str, Any], known: frozenset[str]) -> tuple[str, ...]:
+    names = [name for name in fields if name not in known and name not in REFUSED]
+    plain = [name if _PLAIN_NAME.fullmatch(name) else "?" for name in names[:MAX_NAMED]]
+    return tuple(plain)
+
+
+def _malformed(message: str) -> ApiError:
+    return ApiError(message, code="invalid_json")
+
+
+def _raise_invalid(message: str) -> NoReturn:
+    """Word a validation error of msgspec for a client: its path becomes `param`."""
+    match = _AT.match(message)
+    what, path = (match["what"], match["path"] or "$") if match else (message, "$")
+    param = path.removeprefix("$").removeprefix(".") or None
+    missing = _MISSING.match(what)
+    if missing:
+        name = f"{param}.{missing['name']}" if param else missing["name"]
+        raise ApiError(
+            f"'{name}' is missing; it is required.", code="missing_required_parameter", param=name
+        )
+    named = f"'{param}'" if param else "The body"
+    raise ApiError(
+        f"{named} is not valid: {what[:1].lower()}{what[1:]}.", code="invalid_type", param=param
+    )

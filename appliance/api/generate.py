@@ -1,0 +1,250 @@
+"""One checked request through the node: submit, stream or collect, cancel when the client goes.
+
+Whatever happens to the handler (the client disconnects, the server ends, a bug), the `finally` of
+this module gives every ticket back, so nothing runs on for nobody.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+from aiohttp import HttpVersion11, web
+
+from appliance.api.context import ARRIVED, REQUEST_ID, Context
+from appliance.api.errors import error_of
+from appliance.api.observe import Meter
+from appliance.api.render import ChunkTemplate, Identity, LogprobRenderer
+from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange, SseSink
+from appliance.api.validate import SEED_RANGE, Plan, Streaming
+from appliance.core.types import ErrorKind, Record
+from appliance.live.records import Encoded, Rejected, Sink, Submission, Ticket
+
+logger = logging.getLogger(__name__)
+
+
+class Job(Record, frozen=True, kw_only=True):
+    """A request that passed every check. `max_tokens[i]` bounds the answers to `prompts[i]`."""
+
+    name: str
+    chat: bool
+    prompts: tuple[Encoded, ...]
+    max_tokens: tuple[int, ...]
+    plan: Plan
+    headers: Mapping[str, str]
+
+    @property
+    def num_answers(self) -> int:
+        """Prompts times `n`; choices are numbered prompt by prompt."""
+        return len(self.prompts) * self.plan.n
+
+
+async def serve(context: Context, request: web.Request, job: Job) -> web.StreamResponse:
+    """Answer `job`. Raises `ApiError` as long as no byte was sent."""
+    tickets: list[Ticket] = []
+    exchange: Exchange | None = None
+    try:
+        if job.plan.streaming is not None:
+            stream = _open_stream(context, job, job.plan.streaming, tickets)
+            exchange = stream
+            make = _sse_sinks(context, request, job, stream, job.plan.streaming)
+            _submit(context, job, make, tickets)
+            return await _stream(request, job, stream)
+        exchange = Exchange(job.num_answers, asyncio.get_running_loop())
+        collected: list[CollectSink] = []
+        make = _collect_sinks(context, request, job, exchange, collected)
+        _submit(context, job, make, tickets)
+        await exchange.over
+        if exchange.error is not None:
+            raise exchange.error
+        return _document(context, job, exchange, collected)
+    finally:
+        for ticket in tickets:
+            if not ticket.done.done():
+                context.node.cancel(ticket)
+        _log_end(request, job, exchange)
+
+
+MakeSinks = Callable[[int], list[BaseSink]]
+
+
+def _submit(context: Context, job: Job, make: MakeSinks, tickets: list[Ticket]) -> None:
+    """Hand all prompts over; the caller cancels what was accepted when a later one is refused."""
+    plan = job.plan
+    seed = secrets.randbelow(SEED_RANGE) if plan.seed is None else plan.seed
+    for index, prompt in enumerate(job.prompts):
+        spec = Submission(
+            name=job.name if len(job.prompts) == 1 else f"{job.name}-{index}",
+            prompt=prompt,
+            sampling=msgspec.structs.replace(plan.sampling, seed=seed),
+            max_tokens=job.max_tokens[index],
+            slo=plan.slo,
+            salt=plan.salt,
+            priority=plan.priority,
+        )
+        sinks: Sequence[Sink] = make(index)
+        try:
+            tickets.append(context.node.submit(spec, sinks))
+        except Rejected as error:
+            raise error_of(error.kind, error.reason, retry_after=error.retry_after) from error
+
+
+def _identity(context: Context, job: Job) -> Identity:
+    kind = "text_completion"
+    if job.chat:
+        kind = "chat.completion" if job.plan.streaming is None else "chat.completion.chunk"
+    return Identity(
+        id=job.name, object=kind, created=int(time.time()), model=context.node.info.model
+    )
+
+
+def _meter(context: Context, request: web.Request, job: Job) -> Meter:
+    latency = context.stats.latency(job.plan.slo)
+    return Meter(latency, request[ARRIVED], asyncio.get_running_loop().time)
+
+
+def _renderer(context: Context, job: Job) -> LogprobRenderer | None:
+    if job.plan.logprobs is None:
+        return None
+    return LogprobRenderer(context.node.text, chat=job.chat)
+
+
+# --- in one piece ---------------------------------------------------------------------------------
+
+
+def _collect_sinks(
+    context: Context,
+    request: web.Request,
+    job: Job,
+    exchange: Exchange,
+    collected: list[CollectSink],
+) -> MakeSinks:
+    def make(index: int) -> list[BaseSink]:
+        exchange.usage.prompt_tokens += len(job.prompts[index].ids)
+        sinks = [
+            CollectSink(
+                exchange,
+                meter=_meter(context, request, job),
+                leads=choice == 0,
+                logprobs=_renderer(context, job),
+            )
+            for choice in range(job.plan.n)
+        ]
+        collected.extend(sinks)
+        return list(sinks)
+
+    return make
+
+
+def _document(
+    context: Context, job: Job, exchange: Exchange, collected: Sequence[CollectSink]
+) -> web.Response:
+    choices = []
+    for index, sink in enumerate(collected):
+        content: dict[str, object] = {"text": sink.text}
+        if job.chat:
+            content = {"message": {"role": "assistant", "content": sink.text, "refusal": None}}
+        tail = {"logprobs": sink.logprobs, "finish_reason": sink.finish_reason}
+        choices.append({"index": index, **content, **tail})
+    identity = msgspec.structs.asdict(_identity(context, job))
+    body = {**identity, "choices": choices, "usage": exchange.usage.document()}
+    return web.Response(
+        body=msgspec.json.encode(body), content_type="application/json", headers=job.headers
+    )
+
+
+# --- as a stream ----------------------------------------------------------------------------------
+
+
+def _open_stream(
+    context: Context, job: Job, streaming: Streaming, tickets: Sequence[Ticket]
+) -> EventStream:
+    def give_up() -> None:
+        for ticket in tickets:
+            context.node.cancel(ticket, ErrorKind.SLOW_READER)
+
+    return EventStream(
+        job.num_answers,
+        asyncio.get_running_loop(),
+        identity=_identity(context, job),
+        include_usage=streaming.include_usage,
+        max_buffer=context.settings.max_stream_buffer_bytes,
+        on_slow=give_up,
+    )
+
+
+def _sse_sinks(
+    context: Context,
+    request: web.Request,
+    job: Job,
+    stream: EventStream,
+    streaming: Streaming,
+) -> MakeSinks:
+    identity = _identity(context, job)
+
+    def make(index: int) -> list[BaseSink]:
+        stream.usage.prompt_tokens += len(job.prompts[index].ids)
+        return [
+            SseSink(
+                stream,
+                meter=_meter(context, request, job),
+                leads=choice == 0,
+                template=ChunkTemplate(
+                    identity,
+                    index * job.plan.n + choice,
+                    chat=job.chat,
+                    null_usage=streaming.include_usage,
+                ),
+                logprobs=_renderer(context, job),
+                running_usage=streaming.continuous_usage,
+            )
+            for choice in range(job.plan.n)
+        ]
+
+    return make
+
+
+async def _stream(request: web.Request, job: Job, stream: EventStream) -> web.StreamResponse:
+    if stream.error is not None:
+        raise stream.error  # ended before the first byte: a plain error answer is still possible
+    headers = {
+        **job.headers,
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "Cache-Control": "no-cache",
+        "X-Accel-Buffering": "no",
+    }
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)  # sends the headers
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client left before the first byte")
+    stream.open(transport, chunked=request.version >= HttpVersion11)
+    await stream.over
+    if stream.writable or stream.error is not None:
+        await response.write_eof()
+    return response
+
+
+def _log_end(request: web.Request, job: Job, exchange: Exchange | None) -> None:
+    outcome = "abandoned"
+    if exchange is not None and exchange.error is not None:
+        outcome = exchange.error.body.code
+    elif exchange is not None and exchange.over.done() and not exchange.over.cancelled():
+        outcome = "completed"
+    usage = exchange.usage if exchange is not None else None
+    logger.info(
+        "%s %s: %d prompt and %d generated tokens in %.3f s",
+        job.name,
+        outcome,
+        usage.prompt_tokens if usage else 0,
+        usage.completion_tokens if usage else 0,
+        asyncio.get_running_loop().time() - request[ARRIVED],
+        extra={"request_id": request[REQUEST_ID], "name_of_answer": job.name, "outcome": outcome},
+    )
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names the fields nobody looked at."""
+    return {"x-appliance-ignored": ",".join(names)} if names else {}

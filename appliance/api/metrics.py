@@ -1,0 +1,232 @@
+"""GET /metrics: the node's state and this surface's counts in the Prometheus text format.
+
+One registry per application and nothing in the package's globals, so two nodes in one process do
+not meet. Everything is read at scrape time; between two scrapes no metric object is touched.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from appliance.api.observe import ApiStats, Histogram
+from appliance.core.lifecycle import WorkerState
+from appliance.live.node import Node
+
+PREFIX = "appliance_"
+BLOCK_KINDS = ("total", "free", "cached", "held", "leased")
+
+
+class Metrics:
+    """The registry of one application."""
+
+    def __init__(self, node: Node, stats: ApiStats) -> None:
+        """Also begins to listen to the node's steps."""
+        node.stats.observe_step = stats.step
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Surface(stats))
+        self._registry.register(_Engine(node))
+        ProcessCollector(namespace="appliance", registry=self._registry)
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self._registry)
+
+
+METRICS = web.AppKey("metrics", Metrics)
+
+
+async def handle(request: web.Request) -> web.Response:
+    """All metrics."""
+    return web.Response(
+        body=request.app[METRICS].render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
+    )
+
+
+class _Surface(Collector):
+    """What the HTTP surface keeps."""
+
+    def __init__(self, stats: ApiStats) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        stats = self._stats
+        yield _counter(
+            "http_responses",
+            "HTTP answers by route and status.",
+            ["route", "status"],
+            [([route, str(status)], n) for (route, status), n in sorted(stats.responses.items())],
+        )
+        yield from self._latencies()
+        alone = (
+            ("step_seconds", "Duration of one forward step.", stats.step_seconds),
+            ("step_sequences", "Sequences that got a token in one step.", stats.step_sequences),
+            ("loop_lag_seconds", "How late the event loop wakes a sleeper.", stats.loop_lag),
+        )
+        for name, words, histogram in alone:
+            yield _histogram(name, words, [], [([], histogram)])
+
+    def _latencies(self) -> Iterator[Metric]:
+        words = {
+            "time_to_first_token_seconds": "Arrival of the request to its first token.",
+            "inter_token_latency_seconds": "Gap between two consecutive tokens of an answer.",
+            "request_time_per_output_token_seconds": "Mean gap of an answer after its first token.",
+            "e2e_request_latency_seconds": "Arrival of the request to the end of an answer.",
+        }
+        classes = sorted(self._stats.classes.items())
+        columns = [(latency.ttft, latency.itl, latency.tpot, latency.e2e) for _, latency in classes]
+        for index, (name, text) in enumerate(words.items()):
+            series = [
+                ([label], row[index]) for (label, _), row in zip(classes, columns, strict=True)
+            ]
+            yield _histogram(name, text, ["slo_class"], series)
+
+
+class _Engine(Collector):
+    """What the node says of itself and its workers."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        info, state = self._node.info, self._node.state()
+        yield _gauge(
+            "build_info",
+            "Version, model and policy.",
+            ["version", "model", "policy"],
+            [([info.version, info.model, info.policy], 1)],
+        )
+        yield from self._counters()
+        yield from self._queues(state)
+        yield from _worker_gauges(state["workers"])
+        yield from self._worker_counters()
+
+    def _counters(self) -> Iterator[Metric]:
+        stats = self._node.stats
+        yield _counter(
+            "requests",
+            "Answers by outcome: a finish reason or the code of an error.",
+            ["outcome"],
+            [([outcome], count) for outcome, count in sorted(stats.ended.items())],
+        )
+        yield _counter(
+            "requests_rejected",
+            "Requests turned away by reason.",
+            ["reason"],
+            [([reason], count) for reason, count in sorted(stats.rejected.items())],
+        )
+        totals = (
+            ("prompt_tokens", "Prompt tokens of ended answers.", stats.prompt_tokens),
+            ("cached_prompt_tokens", "Those of them found in a cache.", stats.cached_tokens),
+            ("generation_tokens", "Tokens of ended answers.", stats.emitted_tokens),
+            ("requests_replaced", "Answers that went on elsewhere.", stats.replaced),
+        )
+        for name, words, value in totals:
+            yield _counter(name, words, [], [([], value)])
+
+    def _queues(self, state: dict[str, Any]) -> Iterator[Metric]:
+        workers = state["workers"]
+        running = sum(worker["running"] for worker in workers)
+        queued = sum(worker["queued"] for worker in workers) + state["queue"]["waiting"]
+        yield _gauge("num_requests_running", "Sequences in a batch.", [], [([], running)])
+        yield _gauge(
+            "num_requests_waiting",
+            "Sequences not in a batch, at the node and at its workers.",
+            [],
+            [([], queued)],
+        )
+
+    def _worker_counters(self) -> Iterator[Metric]:
+        workers = [(str(key), worker) for key, worker in sorted(self._node.stats.workers.items())]
+        yield _counter(
+            "worker_tokens",
+            "Computed tokens by phase.",
+            ["worker", "phase"],
+            [
+                ([name, phase], count)
+                for name, worker in workers
+                for phase, count in (
+                    ("prefill", worker.prefill_tokens),
+                    ("decode", worker.decode_tokens),
+                )
+            ],
+        )
+        single: dict[str, tuple[str, list[float]]] = {
+            "worker_steps": ("Forward steps.", [worker.steps for _, worker in workers]),
+            "worker_busy_seconds": (
+                "Time in steps.",
+                [worker.busy_seconds for _, worker in workers],
+            ),
+            "worker_restarts": (
+                "Starts after the first.",
+                [max(0, worker.starts - 1) for _, worker in workers],
+            ),
+            "worker_deaths": ("Unwanted ends.", [worker.deaths for _, worker in workers]),
+            "worker_preemptions": (
+                "Sequences that lost their blocks to others.",
+                [worker.preemptions for _, worker in workers],
+            ),
+        }
+        for metric, (words, values) in single.items():
+            series = [([workers[i][0]], float(value)) for i, value in enumerate(values)]
+            yield _counter(metric, words, ["worker"], series)
+
+
+def _worker_gauges(workers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
+    yield _gauge(
+        "worker_state",
+        "1 for the state a worker is in.",
+        ["worker", "state"],
+        [
+            ([str(worker["id"]), state.value], float(worker["state"] == state.value))
+            for worker in workers
+            for state in WorkerState
+        ],
+    )
+    yield _gauge(
+        "kv_blocks",
+        "KV blocks of a worker by kind; free counts cached ones too.",
+        ["worker", "kind"],
+        [
+            ([str(worker["id"]), kind], worker["blocks"][kind])
+            for worker in workers
+            for kind in BLOCK_KINDS
+        ],
+    )
+
+
+Series = Iterable[tuple[list[str], float]]
+
+
+def _gauge(name: str, words: str, labels: list[str], series: Series) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, words, labels=labels)
+    for values, value in series:
+        family.add_metric(values, value)
+    return family
+
+
+def _counter(name: str, words: str, labels: list[str], series: Series) -> Metric:
+    family = CounterMetricFamily(PREFIX + name, words, labels=labels)
+    for values, value in series:
+        family.add_metric(values, value)
+    return family
+
+
+def _histogram(
+    name: str, words: str, labels: list[str], series: Iterable[tuple[list[str], Histogram]]
+) -> Metric:
+    family = HistogramMetricFamily(PREFIX + name, words, labels=labels)
+    for values, histogram in series:
+        family.add_metric(values, buckets=histogram.cumulative(), sum_value=histogram.sum)
+    return family

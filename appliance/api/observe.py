@@ -1,0 +1,109 @@
+"""Numbers that the HTTP surface keeps itself: latencies by SLO class, steps, answers, loop lag.
+
+Latency is measured from the arrival of the request (body not yet read) to the moment its bytes are
+handed to the socket. A histogram here is two list operations; it is rendered only when scraped.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from appliance.core.types import Slo, WorkerId
+
+Clock = Callable[[], float]
+
+LATENCY_BOUNDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5,
+    0.75, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0,
+)  # fmt: skip
+STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+LAG_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Histogram:
+    """Counts of values by bucket; a value belongs to the first bound that is not below it."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Add one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[tuple[str, int]]:
+        """Pairs (upper bound as text, number of values up to it), "+Inf" last."""
+        total = 0
+        pairs = []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            total += count
+            pairs.append((bound, total))
+        return pairs
+
+
+class ClassLatency:
+    """The four latencies of one SLO class, in seconds."""
+
+    def __init__(self) -> None:
+        self.ttft = Histogram(LATENCY_BOUNDS)
+        self.itl = Histogram(LATENCY_BOUNDS)
+        self.tpot = Histogram(LATENCY_BOUNDS)
+        self.e2e = Histogram(LATENCY_BOUNDS)
+
+
+class ApiStats:
+    """Everything the HTTP surface counts. One per application."""
+
+    def __init__(self) -> None:
+        self.responses: Counter[tuple[str, int]] = Counter()
+        """HTTP answers by route and status."""
+        self.step_seconds = Histogram(STEP_BOUNDS)
+        self.step_sequences = Histogram(BATCH_BOUNDS)
+        self.loop_lag = Histogram(LAG_BOUNDS)
+        self.classes: dict[str, ClassLatency] = {}
+
+    def step(self, worker: WorkerId, seconds: float, sequences: int) -> None:
+        """A worker has done a step in which so many sequences got a token."""
+        del worker  # its totals are the node's
+        self.step_seconds.observe(seconds)
+        self.step_sequences.observe(sequences)
+
+    def latency(self, slo: Slo) -> ClassLatency:
+        """The histograms of this class; names are configured ones, so there are few."""
+        return self.classes.setdefault(slo.class_name, ClassLatency())
+
+
+class Meter:
+    """Takes the times of one answer."""
+
+    __slots__ = ("_clock", "_first", "_last", "_latency", "_started", "_tokens")
+
+    def __init__(self, latency: ClassLatency, started: float, clock: Clock) -> None:
+        self._latency = latency
+        self._started = started
+        self._clock = clock
+        self._first = 0.0
+        self._last = 0.0
+        self._tokens = 0
+
+    def tokens(self, count: int) -> None:
+        """`count` tokens have just come."""
+        if count == 0:
+            return
+        now = self._clock()
+        if self._tokens == 0:
+            self._first = now
+            self._latency.ttft.observe(now - self._started)
+        else:
+            self._latency.itl.observe((now - self._last) / count)
+        self._last = now
+        self._tokens += count
+
+    def finished(self) -> None:
+        """The answer is complete. Failed answers have no total latency."""
+        self._latency.e2e.observe(self._clock() - self._started)
+        if self._tokens > 1:
+            self._latency.tpot.observe((self._last - self._first) / (self._tokens - 1))

@@ -1,0 +1,175 @@
+"""Prompts: messages, texts and token ids, and whether they leave room for an answer."""
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from appliance.api.errors import ApiError, shown
+from appliance.api.schemas import Message
+from appliance.api.validate import Limits, invalid
+from appliance.core.types import ErrorKind
+from appliance.live.chat_template import TemplateFailed, TemplateMissing
+from appliance.live.records import Encoded
+from appliance.live.tokenise import TextService, TooLong
+
+DEFAULT_COMPLETION_TOKENS = 16
+ROLES = frozenset({"system", "developer", "user", "assistant"})
+Prompt: TypeAlias = "str | array[int]"
+
+
+def room_for(prompt_tokens: int, requested: int | None, limits: Limits, *, chat: bool) -> int:
+    """How many tokens the answer may have. Raises `ApiError` (`context_length_exceeded`) when the
+    prompt leaves no room, or less than was asked for."""
+    if prompt_tokens == 0:
+        raise invalid("messages" if chat else "prompt", "has no tokens; give at least one.")
+    rest = limits.max_model_len - prompt_tokens
+    if rest < 1:
+        raise too_long(limits, f"your prompt has {prompt_tokens} tokens", chat=chat)
+    if requested is not None and requested > rest:
+        raise too_long(
+            limits,
+            f"you asked for {prompt_tokens + requested} tokens "
+            f"({prompt_tokens} in the prompt, {requested} for the answer)",
+            chat=chat,
+            param="max_tokens",
+        )
+    if requested is not None:
+        return requested
+    return rest if chat else min(rest, DEFAULT_COMPLETION_TOKENS)
+
+
+def too_long(limits: Limits, found: str, *, chat: bool, param: str | None = None) -> ApiError:
+    """The error for what does not fit into the context."""
+    return ApiError(
+        f"This model's maximum context length is {limits.max_model_len} tokens, but {found}. "
+        "Shorten the prompt or ask for fewer tokens.",
+        code=ErrorKind.TOO_LONG.value,
+        param=param or ("messages" if chat else "prompt"),
+    )
+
+
+def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as a chat template wants them: role and text. Raises `ApiError`."""
+    if not messages:
+        raise invalid("messages", "is empty; give at least one message.")
+    return [_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _turn(message: Message, at: str) -> dict[str, Any]:
+    if message.role not in ROLES:
+        raise ApiError(
+            f"'{at}.role' is {shown(message.role)}; roles served are {', '.join(sorted(ROLES))}.",
+            code="unsupported_value",
+            param=f"{at}.role",
+        )
+    for name in ("tool_calls", "function_call", "audio"):
+        if getattr(message, name):
+            raise ApiError(
+                f"'{at}.{name}' is not supported; leave it out.",
+                code="unsupported_parameter",
+                param=f"{at}.{name}",
+            )
+    turn: dict[str, Any] = {"role": message.role, "content": _text(message, at)}
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn
+
+
+def _text(message: Message, at: str) -> str:
+    if message.content is None:
+        raise invalid(f"{at}.content", "is missing; give a string or a list of text parts.")
+    if isinstance(message.content, str):
+        return message.content
+    texts = []
+    for index, part in enumerate(message.content):
+        where = f"{at}.content[{index}]"
+        if part.type != "text":
+            raise ApiError(
+                f"'{where}.type' is {shown(part.type)}; only parts of type 'text' are served.",
+                code="unsupported_value",
+                param=f"{where}.type",
+            )
+        if part.text is None:
+            raise invalid(f"{where}.text", "is missing; it is required in a text part.")
+        texts.append(part.text)
+    return "".join(texts)
+
+
+def prompts_of(value: str | list[Any], limits: Limits) -> list[Prompt]:
+    """The prompts of a completion: one text, texts, one list of ids, or lists of ids."""
+    if isinstance(value, str):
+        return [value]
+    if not value:
+        raise invalid("prompt", "is an empty list; give a string, strings, ids or lists of ids.")
+    if all(isinstance(item, int) for item in value):
+        return [_ids(value, "prompt", limits)]
+    if all(isinstance(item, str) for item in value):
+        return list(value)
+    if all(isinstance(item, list) for item in value):
+        return [_ids(item, f"prompt[{index}]", limits) for index, item in enumerate(value)]
+    raise invalid("prompt", "mixes kinds; give only strings, only ids, or only lists of ids.")
+
+
+def _ids(value: Sequence[int], at: str, limits: Limits) -> "array[int]":
+    if not value:
+        raise invalid(at, "is an empty list; give at least one token id.")
+    if len(value) >= limits.max_model_len:
+        raise too_long(limits, f"your prompt has {len(value)} tokens", chat=False, param=at)
+    check_ids(value, at, limits.vocab_size)
+    return array("i", value)
+
+
+def check_ids(value: Sequence[int], at: str, vocab_size: int) -> None:
+    """Raise `ApiError` unless every id is one of the vocabulary."""
+    if value and (min(value) < 0 or max(value) >= vocab_size):
+        index = next(i for i, token in enumerate(value) if not 0 <= token < vocab_size)
+        raise invalid(
+            at,
+            f"has {shown(value[index])} at position {index}; ids go from 0 to {vocab_size - 1}.",
+        )
+
+
+async def encode_prompt(
+    text: TextService, prompt: Prompt, *, add_special_tokens: bool, salt: str = ""
+) -> Encoded:
+    """Token ids of one prompt. Raises `ApiError` when it provably does not fit."""
+    try:
+        if isinstance(prompt, str):
+            return await text.encode(prompt, add_special_tokens=add_special_tokens, salt=salt)
+        return await text.encode_ids(prompt, salt=salt)
+    except TooLong as error:
+        raise hopeless(error, "prompt") from error
+
+
+async def encode_messages(
+    text: TextService,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any] | None,
+    salt: str = "",
+) -> Encoded:
+    """Token ids of a conversation. Raises `ApiError` when the template has no use for it."""
+    turns = messages_of(messages)
+    try:
+        return await text.encode_chat(
+            turns,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs=template_kwargs,
+            salt=salt,
+        )
+    except TooLong as error:
+        raise hopeless(error, "messages") from error
+    except (TemplateMissing, TemplateFailed) as error:
+        raise ApiError(
+            f"'messages' cannot be served: {error}", code="invalid_value", param="messages"
+        ) from error
+
+
+def hopeless(error: TooLong, param: str) -> ApiError:
+    """The error for a prompt that was refused before it was tokenised."""
+    return ApiError(
+        f"'{param}' does not fit into this model's maximum context length: {error}.",
+        code=ErrorKind.TOO_LONG.value,
+        param=param,
+    )
