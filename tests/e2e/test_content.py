@@ -1,0 +1,85 @@
+"""Answers through HTTP are those of transformers on the same checkpoint, one by one (R12)."""
+
+import asyncio
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "tiny-tasks"
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(900)]
+
+
+def load_tasks() -> Any:
+    """The module tools/model_tasks.py."""
+    spec = importlib.util.spec_from_file_location("model_tasks", ROOT / "tools/model_tasks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["model_tasks"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def oracle(conversations: list[list[dict[str, str]]], max_tokens: int) -> list[str]:
+    """Greedy answers of transformers, float32, one conversation at a time."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    answers = []
+    for messages in conversations:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.inference_mode():
+            output = model.generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
+        new = output[0, encoded["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+    return answers
+
+
+def questions(tasks: Any, per_task: int) -> list[tuple[str, Any]]:
+    rng = random.Random(20)
+    return [(name, tasks.generate(name, rng)) for name in tasks.TASKS for _ in range(per_task)]
+
+
+async def ask(session: Any, url: str, messages: Any, max_tokens: int) -> str:
+    body = {"model": "tiny-tasks", "messages": messages, "temperature": 0}
+    body |= {"max_tokens": max_tokens}
+    async with session.post(url + "/v1/chat/completions", json=body) as reply:
+        document = await reply.json()
+        assert reply.status == 200, document
+        content: str = document["choices"][0]["message"]["content"]
+        return content
+
+
+@pytest.mark.parametrize(
+    "per_task", [6, pytest.param(40, marks=pytest.mark.slow)], ids=["small", "full"]
+)
+async def test_R12_answers_equal_transformers_one_by_one(
+    serve: Any, session: Any, per_task: int
+) -> None:
+    tasks = load_tasks()
+    drawn = questions(tasks, per_task)
+    conversations = [[{"role": "user", "content": item.prompt}] for _, item in drawn]
+    expected = oracle(conversations, 64)
+    server = serve("--devices", "cpu:2", workers=2)
+    answers = await asyncio.gather(
+        *(ask(session, server.url, messages, 64) for messages in conversations)
+    )
+    assert answers == expected
+
+    reported = json.loads((MODEL / "eval.json").read_text())
+    right: dict[str, int] = {}
+    for (name, item), answer in zip(drawn, answers, strict=True):
+        right[name] = right.get(name, 0) + tasks.check(item, answer)
+    print({name: f"{count}/{per_task}" for name, count in right.items()}, reported)
+    assert sum(right.values()) >= 0.6 * len(drawn), right
