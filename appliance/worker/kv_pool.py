@@ -11,6 +11,7 @@ written, always zero, and it stands wherever a table is shorter than a tile.
 """
 
 import mmap
+import os
 from collections.abc import Sequence
 
 import torch
@@ -93,4 +94,7 @@ class KvPool:
 
 def map_kv(fd: int, num_bytes: int) -> memoryview:
     """Map the node's KV slab for reading and writing. The descriptor may be closed afterwards."""
+    available = os.fstat(fd).st_size
+    if available < num_bytes:
+        raise ValueError(f"the KV slab has {available} bytes, its blocks need {num_bytes}")
     return memoryview(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
