@@ -152,6 +152,8 @@ def _weight_files(directory: Path) -> dict[str, set[str] | None]:
             raise CheckpointError(f"{index_path} has no weight_map")
         files: dict[str, set[str] | None] = {}
         for tensor, file in weight_map.items():
+            if Path(str(file)).name != file:
+                raise CheckpointError(f"{index_path} names {file!r}, outside the model directory")
             wanted = files.setdefault(str(file), set())
             assert wanted is not None
             wanted.add(tensor)

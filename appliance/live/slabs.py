@@ -24,10 +24,12 @@ class Slab:
         """Raises `SlabError` when the kernel refuses."""
         self.name = name
         self.num_bytes = num_bytes
+        self.fd = -1
         try:
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(self.fd, num_bytes)
         except OSError as error:
+            self.close()
             reason = errno.errorcode.get(error.errno or 0, "?")
             raise SlabError(
                 f"cannot create the {name} slab of {num_bytes} bytes ({reason}); "
