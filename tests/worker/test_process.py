@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tokenizers import Tokenizer
 
 from appliance.core.faults import FaultRule
 from appliance.core.messages import (
@@ -26,6 +27,7 @@ from appliance.core.messages import (
     WeightsLoaded,
     WorkerUp,
 )
+from appliance.core.model_shape import ModelShape, kv_slab_bytes, parse_config, slab_bytes
 from appliance.core.payload import Sampling, SequenceState, StepOutputs
 from appliance.core.start import WorkerStart
 from appliance.core.types import BatcherConfig, Request, RequestId, WorkerId
@@ -66,18 +68,21 @@ def start_record(**changes: object) -> WorkerStart:
     return msgspec.structs.replace(start, **changes)
 
 
+def paced_slab(start: WorkerStart) -> int:
+    slab = os.memfd_create("kv")
+    size = paced_kv_slab_bytes(num_blocks=start.num_blocks, block_tokens=start.block_tokens)
+    os.ftruncate(slab, size)
+    return slab
+
+
 class Worker:
     """A worker process and the node's end of its channel."""
 
-    def __init__(self, start: WorkerStart, log: Path) -> None:
+    def __init__(self, start: WorkerStart, log: Path, *, slabs: Sequence[int]) -> None:
         self.node, theirs = socket.socketpair()
         self.node.settimeout(60)
         record = msgspec.msgpack.encode(start)
-        slab = os.memfd_create("kv")
-        size = paced_kv_slab_bytes(num_blocks=start.num_blocks, block_tokens=start.block_tokens)
-        os.ftruncate(slab, size)
-        socket.send_fds(self.node, [struct.pack("<I", len(record)) + record], [slab])
-        os.close(slab)
+        socket.send_fds(self.node, [struct.pack("<I", len(record)) + record], slabs)
         self._log = log
         with theirs, log.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -168,13 +173,33 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Starts workers; those that a test leaves running are ended."""
     workers: list[Worker] = []
 
-    def start(**changes: object) -> Worker:
-        workers.append(Worker(start_record(**changes), tmp_path / f"{len(workers)}.log"))
+    def start(slabs: Sequence[int] = (), **changes: object) -> Worker:
+        record, log = start_record(**changes), tmp_path / f"{len(workers)}.log"
+        own = [] if slabs else [paced_slab(record)]
+        workers.append(Worker(record, log, slabs=slabs or own))
+        for fd in own:
+            os.close(fd)
         return workers[-1]
 
     yield start
     for worker in workers:
         worker.end()
+
+
+@pytest.fixture
+def slabs() -> Iterator[list[int]]:
+    """Weights and KV of the bundled model, as the node keeps them."""
+    shape = read_shape(MODEL)
+    fds = [os.memfd_create("weights"), os.memfd_create("kv")]
+    os.ftruncate(fds[0], slab_bytes(shape, "float32"))
+    os.ftruncate(fds[1], kv_slab_bytes(shape, "float32", num_blocks=64, block_tokens=16))
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+def read_shape(model: Path) -> ModelShape:
+    return parse_config(msgspec.json.decode((model / "config.json").read_bytes()))
 
 
 def rule(action: str, point: str = "worker.before_step", **more: object) -> Mapping[str, object]:
@@ -255,8 +280,7 @@ def test_r7_worker_ends_with_its_parent(tmp_path: Path) -> None:
         with parent.stdout:
             pid = int(parent.stdout.readline())
         record = msgspec.msgpack.encode(start_record())
-        slab = os.memfd_create("kv")
-        os.ftruncate(slab, paced_kv_slab_bytes(num_blocks=64, block_tokens=16))
+        slab = paced_slab(start_record())
         socket.send_fds(node, [struct.pack("<I", len(record)) + record], [slab])
         os.close(slab)
         node.settimeout(60)
@@ -331,6 +355,27 @@ def test_r5_successor_goes_on_from_the_tokens_already_sent(launch: Launch) -> No
     successor.assign(1, PROMPT, max_tokens=40, emitted=sent)
     successor.until(lambda: successor.finished(1))
     assert [*sent, *successor.tokens[1]] == whole.tokens[1]
+
+
+def test_r5_r6_model_worker_dies_and_its_successor_maps_the_weights_and_goes_on(
+    launch: Launch, slabs: list[int]
+) -> None:
+    model = {"engine": "torch", "has_weights_fd": True, "slabs": slabs, "devices": ("cpu",)}
+    prompt = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode("the spoon and the").ids
+    dying = launch(**model, load_weights=True, **rule("kill", nth=9)).ready()
+    dying.assign(1, prompt, max_tokens=24)
+    while dying.read():
+        pass
+    sent = dying.tokens[1]
+    assert len(sent) == 8
+    successor = launch(**model, epoch=4).ready()
+    loaded = successor.of(WeightsLoaded)[0]
+    assert isinstance(loaded, WeightsLoaded)
+    assert loaded.source == "slab"
+    successor.assign(1, prompt, max_tokens=24, emitted=sent)
+    successor.assign(2, prompt, max_tokens=24)
+    successor.until(lambda: successor.finished(1) and successor.finished(2))
+    assert [*sent, *successor.tokens[1]] == successor.tokens[2]
 
 
 @pytest.mark.parametrize(
