@@ -8,6 +8,7 @@ from appliance.core.lifecycle import WorkerState
 from appliance.core.messages import Reject
 from appliance.core.node_state import NodeState
 from appliance.core.types import ErrorKind, Request
+from appliance.core.worker_table import kv_tokens
 
 
 def legal_refusal(state: NodeState, request: Request) -> Reject | None:
@@ -31,11 +32,12 @@ def legal_refusal(state: NodeState, request: Request) -> Reject | None:
             f"the limit of this server is {room} (max_model_len)"
         )
         return _reject(state, request, ErrorKind.TOO_LONG, words)
-    pool = _largest_pool(state)
-    if pool is not None and request.prompt_tokens >= pool:
+    pool, needed = _largest_pool(state), kv_tokens(request, room)
+    if pool is not None and needed > pool:
         words = (
-            f"the prompt has {request.prompt_tokens} tokens; the KV cache of a worker holds "
-            f"{pool}, one of them for the answer (kv.memory)"
+            f"prompt ({request.prompt_tokens} tokens) and max_tokens ({request.max_tokens}) need "
+            f"the KV cache of {needed} tokens, a worker holds {pool}; lower max_tokens, or give "
+            "the workers more (kv.memory)"
         )
         return _reject(state, request, ErrorKind.TOO_LONG, words)
     return _queue_refusal(state, request)

@@ -1,7 +1,7 @@
 """Names of full KV blocks by content.
 
     h(k) = BLAKE2b-64(key; h(k-1) || token ids of block k as int32)
-    h(-1) = BLAKE2b-64(key; "root|" adapter "|" salt)
+    h(-1) = BLAKE2b-64(key; "root|" length of adapter "|" adapter "|" salt)
 
 The key is drawn by the node at its start, so nobody outside can construct two prompts whose blocks
 share a name; the salt keeps tenants apart.
@@ -12,7 +12,10 @@ from hashlib import blake2b
 
 def root_hash(*, key: bytes, adapter: str | None = None, salt: str = "") -> int:
     """The parent of a sequence's first block, an unsigned 64-bit number."""
-    seed = f"root|{adapter or ''}|{salt}".encode()
+    name = adapter or ""
+    seed = (
+        f"root|{len(name)}|{name}|{salt}".encode()
+    )  # the length keeps "a|", "b" and "a", "|b" apart
     return int.from_bytes(blake2b(seed, key=key, digest_size=8).digest(), "little")
 
 

@@ -1,24 +1,17 @@
 """The laws of the node, one function each, checked after a message of the Dispatcher.
 
-Used by tests at every step and by `--validate`. Numbers are those of `docs/invariants.md`; 0 is the
-agreement of the Dispatcher's own books. Laws of one worker are in `invariants_batch`; law 6 (same
-inputs, same outputs) and law 12 (replay) are proved by `appliance.core.journal.replay`.
-"""
+Used by tests at every step and by `--validate`. Numbers are those of `docs/invariants.md`; 0 is
+the agreement of the Dispatcher's own books. Laws of one worker are in `appliance.core.invariants`;
+law 6 (same inputs, same outputs) and law 12 (replay) are proved by
+`appliance.core.journal.replay`."""
 
 from collections.abc import Callable, Sequence
 
+from appliance.core.invariants import LawBroken
 from appliance.core.lifecycle import RequestState, WorkerState
 from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Reject
 from appliance.core.node_state import NodeState
 from appliance.core.types import Record, RequestId
-
-
-class LawBroken(Exception):
-    """A law does not hold; `law` is its number."""
-
-    def __init__(self, law: int, words: str) -> None:
-        super().__init__(f"law {law}: {words}")
-        self.law = law
 
 
 class Heard(Record, frozen=True, kw_only=True):
@@ -87,11 +80,7 @@ def law_8_work_conserving(heard: Heard) -> None:
         _want(8, not idle, f"request {request.id} waits, willing: {[s.id for s in willing]}")
     reserved = any(slot.reserved for slot in heard.state.slots.values())
     for suspect in heard.state.requests.suspects.values():
-        able = [
-            slot.id
-            for slot in heard.state.slots.values()
-            if slot.state is WorkerState.READY and slot.takes(suspect, heard.now)
-        ]
+        able = [slot.id for slot in heard.state.able(suspect, heard.now)]
         _want(8, reserved or not able, f"suspect {suspect.request.id} waits, able: {able}")
 
 

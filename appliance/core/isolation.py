@@ -52,10 +52,9 @@ class Isolation:
     ) -> tuple[RequestRecord, WorkerSlot] | None:
         """The first suspect that some ready worker can take, and the best worker for it; `held`,
         empty by now, is as good as any that did not see this suspect's deaths."""
-        ready = [s for s in self._state.slots.values() if s.state is WorkerState.READY]
         for suspect in self._state.requests.suspects.values():
             witnesses = {worker for worker, _ in suspect.deaths}
-            fit = [slot for slot in ready if slot.takes(suspect, now)]
+            fit = self._state.able(suspect, now)
             if fit:
                 best = min(
                     fit,

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from appliance.core.messages import (
+    Abort,
     Aborted,
     Arrived,
     Assign,
@@ -306,6 +307,8 @@ def _chapter(entry: JournalRecord, request_id: RequestId) -> Iterator[Chapter]:
     for output in entry.outputs:
         if isinstance(output, Assign) and output.request.id == request_id:
             yield "Assign", {"worker": output.worker, "emitted": output.emitted_tokens}
+        elif isinstance(output, Abort) and output.request_id == request_id:
+            yield "Abort", {"worker": output.worker}
         elif isinstance(output, Reject) and output.request_id == request_id:
             yield "Reject", {"kind": output.kind, "reason": output.reason}
         elif isinstance(output, Ended) and output.request_id == request_id:

@@ -124,16 +124,27 @@ class NodeState:
     def willing(self, record: RequestRecord, now: float) -> list[WorkerSlot]:
         """Workers that may get this request now. A sequence of an n > 1 group sees only its
         leader's worker while that one may take it: they share the prompt's blocks there."""
-        ahead = self.config.queue_ahead
+        ahead, longest = self.config.queue_ahead, self.config.max_model_len
         group = record.request.group
         if group is not None and group != record.request.id:
             leader = self.requests.get(group)
             if leader is not None and leader.worker is not None:
                 slot = self.slots[leader.worker]
-                if slot.is_open(ahead) and slot.takes(record, now):
+                if slot.is_open(ahead) and slot.takes(record, now, max_model_len=longest):
                     return [slot]
         return [
-            slot for slot in self.slots.values() if slot.is_open(ahead) and slot.takes(record, now)
+            slot
+            for slot in self.slots.values()
+            if slot.is_open(ahead) and slot.takes(record, now, max_model_len=longest)
+        ]
+
+    def able(self, suspect: RequestRecord, now: float) -> list[WorkerSlot]:
+        """Ready workers, full ones too, that a suspect may be brought to."""
+        longest = self.config.max_model_len
+        return [
+            slot
+            for slot in self.slots.values()
+            if slot.state is WorkerState.READY and slot.takes(suspect, now, max_model_len=longest)
         ]
 
     def assign(

@@ -12,6 +12,7 @@ from appliance.core.request_table import RequestRecord
 from appliance.core.types import (
     BlockHash,
     CacheGroupSpec,
+    Request,
     RequestId,
     WorkerLoad,
     WorkerSpec,
@@ -47,7 +48,7 @@ class WorkerSlot:
         """When to (re)start it; None while it lives or is quarantined."""
         self.block_tokens = 1
         self.capacity_tokens: int | None = None
-        """Longest sequence its pool can hold; None while it has never been up."""
+        """Tokens of one sequence that its pools can hold; None while it has never been up."""
         self.max_num_seqs = 0
         self.max_batch_tokens = 0
         self.load = NO_LOAD
@@ -152,11 +153,11 @@ class WorkerSlot:
             and len(self.assigned) < self.max_num_seqs + queue_ahead
         )
 
-    def takes(self, record: RequestRecord, now: float) -> bool:
+    def takes(self, record: RequestRecord, now: float, *, max_model_len: int) -> bool:
         """Whether nothing speaks against this request here: the pool is large enough, and it was
         not refused here since anything changed."""
-        tokens = record.request.prompt_tokens + record.emitted + 1
-        if self.capacity_tokens is not None and tokens > self.capacity_tokens:
+        capacity = self.capacity_tokens
+        if capacity is not None and kv_tokens(record.request, max_model_len) > capacity:
             return False
         refusal = record.avoid.get(self.id)
         return refusal is None or refusal[0] != self.changes or now >= refusal[1]
@@ -179,6 +180,12 @@ class WorkerSlot:
                 reserved=self.reserved,
             )
         return self._view
+
+
+def kv_tokens(request: Request, max_model_len: int) -> int:
+    """Tokens whose KV the longest answer needs at once; that of the last token is never
+    computed."""
+    return min(request.prompt_tokens + request.max_tokens, max_model_len) - 1
 
 
 def capacity_tokens(groups: Iterable[CacheGroupSpec]) -> int | None:

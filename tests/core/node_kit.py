@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from appliance.core.dispatcher import Dispatcher, DispatcherConfig
+from appliance.core.lifecycle import RequestState
 from appliance.core.messages import (
     Arrived,
     Assign,
@@ -15,9 +16,9 @@ from appliance.core.messages import (
     SeqFinished,
     StartWorker,
     StepReported,
+    Woke,
     WorkerDown,
     WorkerUp,
-    Woke,
 )
 from appliance.core.slots import DispatchSlots
 from appliance.core.types import (
@@ -99,6 +100,9 @@ class Node:
                 self.rejected[output.request_id] = output
             elif isinstance(output, Assign):
                 self.where[output.request.id] = output.worker
+        for number in list(self.where):
+            if self.core.request_state(RequestId(number)) is RequestState.WAITING:
+                del self.where[number]
         self.said += outputs
         return outputs
 

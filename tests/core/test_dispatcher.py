@@ -230,11 +230,13 @@ def test_what_can_never_fit_a_pool_is_refused_once_all_pools_are_known() -> None
     node = Node(2, num_blocks=4, boot=False)
     node.hear(Woke())
     node.up(0)
-    node.arrive(1, prompt=64)  # worker 1 may be larger: it waits
+    node.arrive(1, prompt=60)  # with 8 tokens of answer; worker 1 may be larger: it waits
     assert not node.rejected
     node.up(1, num_blocks=8)
     assert node.where[1] == 1
-    node.arrive(2, prompt=128)
+    node.arrive(3, prompt=120, max_tokens=9)  # 128 tokens of KV: the last token needs none
+    assert not node.rejected
+    node.arrive(2, prompt=120, max_tokens=10)
     assert node.rejected[2].kind is ErrorKind.TOO_LONG
     assert "kv.memory" in node.rejected[2].reason
 
@@ -424,9 +426,9 @@ def test_a_policy_that_holds_a_request_names_when_to_ask_again() -> None:
     held = DispatchSlots(
         admit=slots.admit,
         order=slots.order,
-        place=lambda view, request, phase, now: slots.place(view, request, phase, now)
-        if now >= 105.0
-        else None,
+        place=lambda view, request, phase, now: (
+            slots.place(view, request, phase, now) if now >= 105.0 else None
+        ),
         wakeup=lambda view, now: 105.0 if now < 105.0 else None,
     )
     node = Node(1, policy=held)
