@@ -46,7 +46,10 @@ class JournalFile:
         """Write what is queued and close the file."""
         self._queue.put(None)
         self._thread.join()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            log.error("the end of the journal file is lost", extra={"cause": str(error)})
 
     def _run(self) -> None:
         try:

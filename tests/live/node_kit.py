@@ -14,6 +14,7 @@ from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
 from appliance.core.model_shape import kv_slab_bytes, slab_bytes
 from appliance.core.payload import Sampling
+from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, WorkerId, WorkerSpec
 from appliance.live.checkpoint import open_checkpoint
 from appliance.live.journal_file import JournalFile
@@ -132,13 +133,14 @@ async def running(
     ready: int | None = None,
     journal_file: JournalFile | None = None,
     spawner: Spawner | None = None,
+    policy: Policy | None = None,
 ) -> AsyncIterator[Node]:
     """A started node with `ready` workers up (default: all), closed at the end."""
     lines: list[str] = []
     node = Node(
         settings,
         make_text(settings),
-        policy=make_policy(settings.policy, settings.policy_settings),
+        policy=policy or make_policy(settings.policy, settings.policy_settings),
         spawner=spawner or Spawner(PRELOAD[settings.engine]),
         stderr=lines.append,
         journal_file=journal_file,
@@ -148,7 +150,7 @@ async def running(
         async with asyncio.timeout(60):
             await node.wait_ready(len(settings.workers) if ready is None else ready)
         yield node
-        assert not node.broken
+        assert not node.broken or policy is not None
     finally:
         await node.close()
 

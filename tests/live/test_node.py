@@ -4,12 +4,14 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from appliance.core.dispatcher import Dispatcher
 from appliance.core.journal import JournalHeader, load, replay
+from appliance.core.slots import Admission
 from appliance.core.types import ErrorKind, FinishReason
 from appliance.live.journal_file import JournalFile
 from appliance.live.records import Rejected, Ticket
@@ -253,3 +255,26 @@ async def test_the_timeline_of_a_start_names_its_milestones() -> None:
         assert words[-1] == "worker 0: ready"
         times = [at for at, _ in node.timeline]
         assert times == sorted(times)
+
+
+async def test_r1_a_scheduler_that_fails_ends_everything_loudly_and_serves_nothing_more() -> None:
+    policy = make_policy("fcfs", {})
+
+    def admit(*args: Any) -> Admission:
+        if node.num_open == 2:
+            raise ZeroDivisionError("a defect")
+        return policy.dispatch.admit(*args)
+
+    slots = msgspec.structs.replace(policy.dispatch, admit=admit)
+    async with running(
+        make_settings(num_workers=1), policy=msgspec.structs.replace(policy, dispatch=slots)
+    ) as node:
+        one, (first,) = await submit(node, "one")
+        two, (second,) = await submit(node, "two")
+        assert one.done.done()
+        assert two.done.done()
+        assert {first.the_end.error, second.the_end.error} == {ErrorKind.INTERNAL}
+        assert not node.health().ok
+        assert node.ready() == (False, "the scheduler failed: a defect")
+        with pytest.raises(Rejected, match="a defect"):
+            await submit(node, "three")
