@@ -9,16 +9,22 @@ in float64, so a row's token does not depend on the rows beside it.
 Log-probabilities are those of the raw logits, before any filter, as the OpenAI API means them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from appliance.core.payload import Sampling, TokenLogprobs
 from appliance.worker.philox import uniforms
 
 MASKED = float("-inf")
+VECTOR = 32
+"""Values that torch's widest vector kernel takes at a time; a multiple of it has no scalar tail."""
+LOOKS = (64, 1024, 1 << 31)
+"""How many of the largest values top_p looks at: first, then if that was too few, at last all."""
 
 
 class SampleRow(NamedTuple):
@@ -83,35 +89,65 @@ def _forbid(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
 def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     """Tokens `[R]` of rows with a positive temperature."""
     samplings = [row.sampling for row in rows]
-    temperature = torch.tensor([s.temperature for s in samplings], dtype=torch.float64)
-    scaled = (logits - logits.amax(-1, keepdim=True)).double().div_(temperature.unsqueeze(-1))
-    if any(s.top_k > 0 or s.top_p < 1 for s in samplings):
-        scaled = scaled.masked_fill_(scaled < _top_threshold(scaled, samplings), MASKED)
+    # Whole vectors per row: torch computes the tail of an odd length by another routine.
+    width = -(-logits.shape[1] // VECTOR) * VECTOR
+    scaled = logits.new_full((len(rows), width), MASKED)
+    temperature = torch.tensor([[s.temperature] for s in samplings])
+    below_best = logits - logits.amax(-1, keepdim=True)
+    scaled[:, : logits.shape[1]] = below_best.div_(temperature).mul_(math.log2(math.e))
     if any(s.min_p > 0 for s in samplings):
-        floor = torch.tensor([s.min_p for s in samplings], dtype=torch.float64).log_()
-        scaled = scaled.masked_fill_(scaled < floor.unsqueeze(-1), MASKED)
-    cumulative = scaled.exp_().cumsum(-1)
-    uniform = torch.from_numpy(
-        uniforms([s.seed for s in samplings], [row.position for row in rows])
-    ).unsqueeze(-1)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(-1)
+        floor = torch.tensor([[s.min_p] for s in samplings]).log2_()
+    else:
+        floor = None
+    filtered = [i for i, s in enumerate(samplings) if s.top_k > 0 or s.top_p < 1]
+    if filtered:
+        part = scaled[filtered]
+        threshold = _top_threshold(part, [samplings[i] for i in filtered])
+        scaled[filtered] = part.masked_fill_(part < threshold, MASKED)
+    if floor is not None:
+        scaled.masked_fill_(scaled < floor, MASKED)
+    cumulative = scaled.exp2_().cumsum(-1, dtype=torch.float64)
+    uniform = torch.from_numpy(uniforms([s.seed for s in samplings], [r.position for r in rows]))
+    target = uniform.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def _top_threshold(scaled: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-    """Smallest value `[R, 1]` that top_k and then top_p keep; -inf where neither is on."""
+    """Smallest value `[R, 1]` that top_k and then top_p keep (powers of two of the probabilities).
+
+    Looks at the largest values only, and further just for rows whose top_p reaches further. A
+    longer look gives the same threshold, so it does not matter whose row made it long."""
     vocab = scaled.shape[1]
-    counts = [min(s.top_k, vocab) if s.top_k > 0 else vocab for s in samplings]
-    values = scaled.topk(max(counts), -1).values
-    count = torch.tensor(counts).unsqueeze(-1)
-    mass = values.exp().masked_fill_(torch.arange(values.shape[1]) >= count, 0)
+    counts = torch.tensor([[min(s.top_k, vocab) if s.top_k > 0 else vocab] for s in samplings])
+    top_p = torch.tensor([[s.top_p] for s in samplings], dtype=torch.float64)
+    threshold = torch.empty(len(samplings), 1)
+    todo = torch.arange(len(samplings))
+    shortest = max(s.top_k for s in samplings)
+    for look in LOOKS:
+        length = min(max(look, shortest), vocab)
+        found, enough = _look(scaled[todo], counts[todo], top_p[todo], length)
+        threshold[todo] = found
+        todo = todo[enough.logical_not().squeeze(-1)]
+        if not len(todo):
+            break
+    return threshold
+
+
+def _look(
+    scaled: torch.Tensor, counts: torch.Tensor, top_p: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Thresholds `[R, 1]` from the `length` largest values, and whether these were enough."""
+    values = scaled.topk(length, -1).values
+    padded = functional.pad(values, (0, -length % VECTOR), value=MASKED)
+    mass = padded.exp2().double()[:, :length].masked_fill_(torch.arange(length) >= counts, 0)
     cumulative = mass.cumsum(-1)
-    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64).unsqueeze(-1)
-    # A value is kept while the mass before it is below top_p of the whole; the first always is.
-    kept = ((cumulative - mass) < top_p * cumulative[:, -1:]).sum(-1, keepdim=True)
-    kept = torch.where(top_p < 1, kept, count).clamp_(min=1).minimum(count)
-    threshold = values.gather(-1, kept - 1)
-    off = torch.tensor([s.top_k <= 0 and s.top_p >= 1 for s in samplings]).unsqueeze(-1)
-    return threshold.masked_fill_(off, MASKED)
+    whole = scaled.exp2().cumsum(-1, dtype=torch.float64)[:, -1:]
+    total = torch.where(counts < scaled.shape[1], cumulative[:, -1:], whole)
+    # A value is kept while the mass before it is below top_p of the total; the first always is.
+    kept = (cumulative - mass < top_p * total).sum(-1, keepdim=True)
+    kept = torch.where(top_p < 1, kept, counts.clamp(max=length)).clamp_(min=1).minimum(counts)
+    enough = (counts <= length) | (cumulative[:, -1:] >= top_p * total)
+    return values.gather(-1, kept - 1), enough
 
 
 def _logprobs(

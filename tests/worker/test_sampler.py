@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from appliance.core.payload import Sampling
+from appliance.worker import sampler
 from appliance.worker.sampler import NonFiniteLogits, SampleRow, sample
 
 VOCAB = 300
@@ -95,6 +96,20 @@ def test_R12_a_rows_token_does_not_depend_on_the_rows_beside_it() -> None:
     together = sample(logits[order], [rows[i] for i in order])
     assert together == [alone[i] for i in order]
     assert sample(logits[:40], rows[:40]) == alone[:40]
+
+
+def test_R12_top_p_gives_the_same_threshold_however_far_it_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = random_logits(40, scale=0.3)  # flat: the nucleus is wide
+    wide = [SampleRow(Sampling(seed=i, top_p=0.2 + i / 50), i, 0) for i in range(40)]
+    staged = sample(logits, wide)
+    monkeypatch.setattr(sampler, "LOOKS", (1 << 31,))
+    assert sample(logits, wide) == staged
+    monkeypatch.setattr(sampler, "LOOKS", (1, 2, 100, 1 << 31))
+    assert sample(logits, wide) == staged
+    mate = SampleRow(Sampling(seed=3, top_k=250), 3, 0)
+    assert sample(logits, [*wide[:-1], mate])[:-1] == staged[:-1]
 
 
 def test_a_seed_fixes_the_answer_and_another_one_changes_it() -> None:
