@@ -1,10 +1,13 @@
 """The appliance: a single-node LLM serving system that honours latency budgets."""
 
-from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("appliance")
-except PackageNotFoundError:  # running from a source tree that was never installed
-    __version__ = "0+unknown"
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when somebody asks: the look-up imports more than a worker needs."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["__version__"]
+    try:
+        return version("appliance")
+    except PackageNotFoundError:  # running from a source tree that was never installed
+        return "0+unknown"

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appliance import __version__
 from appliance.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -47,8 +46,16 @@ PRELOAD: Mapping[str, Sequence[str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     timeline = Timeline()
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     timeline.reached("python")
+    if options.version:
+        from appliance import __version__
+
+        print(f"appliance {__version__}")
+        return 0
+    if options.command is None:
+        parser.error("say what to do: appliance start")
     from appliance.config import ConfigError, default_text
     from appliance.listening import CannotServe
     from appliance.live.checkpoint import CheckpointError
@@ -73,8 +80,8 @@ def _last_line(error: Exception, *, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="appliance", description="Serve a language model.")
-    parser.add_argument("--version", action="version", version=f"appliance {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="store_true", help="print the version and end")
+    commands = parser.add_subparsers(dest="command")
     start = commands.add_parser("start", help="serve a model over HTTP")
     start.add_argument("--config", metavar="F", help="configuration file (else ./config.toml)")
     for flag, section, key, kind, words in FLAGS:

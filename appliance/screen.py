@@ -1,5 +1,7 @@
 """What an operator reads at the start: the plan, the timeline, and how to talk to the server."""
 
+import json
+import shlex
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -36,11 +38,11 @@ class Screen:
 
 def curl(url: str, model: str) -> str:
     """A ready-to-paste request."""
-    body = (
-        f'{{"model": "{model}", "messages": [{{"role": "user", "content": "reverse: abc"}}], '
-        '"temperature": 0}'
+    question = {"role": "user", "content": "Spell ocean letter by letter."}
+    body = json.dumps({"model": model, "messages": [question], "temperature": 0})
+    return (
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
     )
-    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
