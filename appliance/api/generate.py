@@ -16,7 +16,7 @@ from aiohttp import HttpVersion11, web
 from appliance.api.context import ARRIVED, REQUEST_ID, Context
 from appliance.api.errors import error_of
 from appliance.api.observe import Meter
-from appliance.api.render import ChunkTemplate, Identity, LogprobRenderer
+from appliance.api.render import ChunkTemplate, Identity, LogprobRenderer, Usage
 from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange, SseSink
 from appliance.api.validate import SEED_RANGE, Plan, Streaming
 from appliance.core.types import ErrorKind, Record
@@ -233,15 +233,17 @@ def _log_end(request: web.Request, job: Job, exchange: Exchange | None) -> None:
         outcome = exchange.error.body.code
     elif exchange is not None and exchange.over.done() and not exchange.over.cancelled():
         outcome = "completed"
-    usage = exchange.usage if exchange is not None else None
+    usage = exchange.usage if exchange is not None else Usage()
     logger.info(
-        "%s %s: %d prompt and %d generated tokens in %.3f s",
-        job.name,
-        outcome,
-        usage.prompt_tokens if usage else 0,
-        usage.completion_tokens if usage else 0,
-        asyncio.get_running_loop().time() - request[ARRIVED],
-        extra={"request_id": request[REQUEST_ID], "name_of_answer": job.name, "outcome": outcome},
+        "request has ended",
+        extra={
+            "request_id": request[REQUEST_ID],
+            "answer": job.name,
+            "outcome": outcome,
+            "prompt_tokens": usage.prompt_tokens,
+            "generated_tokens": usage.completion_tokens,
+            "seconds": asyncio.get_running_loop().time() - request[ARRIVED],
+        },
     )
 
 

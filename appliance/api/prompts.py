@@ -101,11 +101,12 @@ def prompts_of(value: str | list[Any], limits: Limits) -> list[Prompt]:
         return [value]
     if not value:
         raise invalid("prompt", "is an empty list; give a string, strings, ids or lists of ids.")
-    if all(isinstance(item, int) for item in value):
+    kinds = set(map(type, value))
+    if kinds == {int}:
         return [_ids(value, "prompt", limits)]
-    if all(isinstance(item, str) for item in value):
+    if kinds == {str}:
         return list(value)
-    if all(isinstance(item, list) for item in value):
+    if kinds == {list}:
         return [_ids(item, f"prompt[{index}]", limits) for index, item in enumerate(value)]
     raise invalid("prompt", "mixes kinds; give only strings, only ids, or only lists of ids.")
 

@@ -208,9 +208,9 @@ class EventStream(Exchange):
         self.write(last + DONE)
 
     def on_error(self, error: ApiError) -> None:
-        """The error as an event; nothing follows it. Before `open` the handler answers instead."""
-        if self._transport is not None:
-            self.write(error_event(error.encoded()))
+        """The error as an event; nothing follows it. It waits for `open` like everything else: a
+        handler that has sent nothing yet answers with the error instead."""
+        self.write(error_event(error.encoded()))
         self._closed = True
 
 

@@ -6,6 +6,7 @@ one server serves a whole module.
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from aiohttp import web
 
 from appliance.api.app import build_app, make_runner
 from appliance.api.settings import ApiSettings
-from appliance.core.faults import FaultRule
 from appliance.core.node_state import DispatcherConfig
 from appliance.core.types import BatcherConfig, Slo, WorkerId, WorkerSpec
 from appliance.live.node import Node
@@ -75,8 +75,12 @@ def node_settings(**changes: Any) -> NodeSettings:
 class LiveServer:
     """A node and its HTTP surface on an ephemeral port of this machine."""
 
-    def __init__(self, settings: NodeSettings, api: ApiSettings) -> None:
+    def __init__(
+        self, settings: NodeSettings, api: ApiSettings, *, send_buffer: int | None = None
+    ) -> None:
+        """`send_buffer` bounds what the kernel keeps for a client that does not read, in bytes."""
         self._settings = settings
+        self._send_buffer = send_buffer
         self._api = api
         self._spawner = Spawner(["appliance.worker.main"])
         self._loop = uvloop.new_event_loop()
@@ -141,8 +145,10 @@ class LiveServer:
         await node.wait_ready(len(settings.workers))
         self._runner = make_runner(build_app(node, self._api))
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
+        listener = socket.create_server(("127.0.0.1", 0))
+        if self._send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
+        await web.SockSite(self._runner, listener).start()
         self.port = self._runner.addresses[0][1]
         return node
 
@@ -153,7 +159,9 @@ class LiveServer:
 
 def start_server(api: ApiSettings | None = None, **changes: Any) -> LiveServer:
     """A server with these changes to its node."""
-    return LiveServer(node_settings(**changes), api or ApiSettings(slo_classes=SLO_CLASSES))
+    send_buffer = changes.pop("send_buffer", None)
+    api = api or ApiSettings(slo_classes=SLO_CLASSES)
+    return LiveServer(node_settings(**changes), api, send_buffer=send_buffer)
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +199,3 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
     """A plain HTTP client."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
         yield session
-
-
-def slow_steps(seconds: float) -> tuple[FaultRule, ...]:
-    """Every step of every worker takes this much longer."""
-    return (FaultRule(point="worker.before_step", action="delay", repeat=True, seconds=seconds),)

@@ -284,8 +284,19 @@ async def test_an_error_before_the_headers_is_left_to_the_handler():
     sink(owner).end(bad())
     assert owner.error is not None
     assert owner.error.status == 503
-    owner.open(wire, chunked=False)
+    assert owner.over.done()
     assert wire.data == b""
+
+
+async def test_an_error_while_the_headers_are_sent_is_not_lost():
+    wire, owner = Wire(), stream()
+    answer = sink(owner, chat=False)
+    answer.push(delta("a"))
+    answer.end(bad())
+    owner.open(wire, chunked=False)
+    text, error = events(wire.data)
+    assert text["choices"][0]["text"] == "a"
+    assert error["error"]["code"] == "worker_lost"
 
 
 async def test_r15_a_reader_past_the_cap_is_cut_off_once():
