@@ -282,7 +282,7 @@ class Node:
             try:
                 with self._pump.hold():
                     self.stats.emitted_tokens += self._streams.fan_out(payload)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, ValueError) as error:
                 self.workers.kill(worker, f"it broke the protocol: {error}")
                 return
         self._pump.post_all(f"worker {worker}", reports)
@@ -332,11 +332,13 @@ class Node:
         request_id = command.request.id
         stream = self._streams.get(request_id)
         if stream is None or stream.num_emitted != command.emitted_tokens:
-            have = None if stream is None else stream.num_emitted
-            raise RuntimeError(
-                f"request {request_id} goes on after {command.emitted_tokens} tokens, "
-                f"{have} were sent"
+            sent = None if stream is None else stream.num_emitted
+            log.error(
+                "tokens sent and tokens counted differ: the request is given up",
+                extra={"request": request_id, "sent": sent, "counted": command.emitted_tokens},
             )
+            self._pump.post("node", Cancelled(request_id=request_id, kind=ErrorKind.INTERNAL))
+            return
         if command.emitted_tokens:
             self.stats.replaced += 1
         if self.dispatcher.view.workers[command.worker].assigned <= 1:

@@ -97,9 +97,13 @@ class Streams:
     def fan_out(self, payload: bytes) -> int:
         """Deliver one step's `StepOutputs`; the number of tokens delivered.
 
-        Raises `msgspec.MsgspecError` when the payload is not `StepOutputs`."""
+        Raises `msgspec.MsgspecError` or `ValueError` when the payload is not `StepOutputs` with
+        columns of one length; then nothing is delivered."""
         outputs = self._outputs.decode(payload)
         logprobs, delivered = outputs.logprobs, 0
+        columns = (outputs.tokens, outputs.texts, outputs.ids if logprobs is None else logprobs)
+        if any(len(column) != len(outputs.ids) for column in columns):
+            raise ValueError("the columns of a step's outputs differ in length")
         for index, request_id in enumerate(outputs.ids):
             stream = self._open.get(request_id)
             if stream is None or stream.cancelled:

@@ -137,6 +137,12 @@ async def test_a_sink_that_raises_harms_nobody_else() -> None:
     assert len(bad.calls) == 1
 
 
-async def test_a_payload_of_another_kind_is_refused() -> None:
+async def test_a_payload_of_another_kind_is_refused_whole() -> None:
+    log = Log()
+    world = World(log)
     with pytest.raises(msgspec.MsgspecError):
-        World(Log()).streams.fan_out(b"\x93\x01\x02\x03")
+        world.streams.fan_out(b"\x93\x01\x02\x03")
+    crooked = StepOutputs(ids=[RequestId(1), RequestId(2)], tokens=[[4]], texts=["c", "d"])
+    with pytest.raises(ValueError, match="differ in length"):
+        world.streams.fan_out(msgspec.msgpack.encode(crooked))
+    assert log.calls == []

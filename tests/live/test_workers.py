@@ -201,3 +201,20 @@ async def test_a_payload_that_does_not_decode_costs_the_worker_its_life() -> Non
         await until(lambda: node.state()["workers"][0]["state"] == "quarantined")
         assert "it broke the protocol" in node.dispatcher.last_cause(ZERO)
         assert not node.health().ok
+
+
+async def test_r19_lives_and_deaths_leave_no_descriptor() -> None:
+    async with pool("deaf") as (workers, listener):
+
+        def open_files() -> int:
+            return len(os.listdir("/proc/self/fd"))
+
+        before = open_files()
+        for life in range(1, 8):
+            pid = workers.living[ZERO].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda life=life: len(listener.deaths) == life)
+            workers.start(ZERO, life + 1)
+            await until(lambda life=life: listener.ups == life + 1)
+        assert open_files() == before
