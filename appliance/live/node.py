@@ -99,17 +99,7 @@ class Node:
         `spawner` and `journal_file` when it is closed."""
         self.settings = settings
         self.text = text
-        self.info = NodeInfo(
-            model=settings.model,
-            created=int(time.time()),
-            max_model_len=settings.batcher.max_model_len,
-            vocab_size=text.vocab_size,
-            eos_token_ids=settings.eos_token_ids,
-            policy=policy.name,
-            version=settings.version,
-            fingerprint=settings.fingerprint,
-            dtype=settings.dtype,
-        )
+        self.info = _make_info(settings, vocab_size=text.vocab_size)
         self.dispatcher = Dispatcher(
             settings.dispatcher,
             workers=settings.workers,
@@ -124,6 +114,9 @@ class Node:
         """Since when no worker has been ready; None while one is."""
         self.broken = ""
         """Why the node cannot go on at all; empty while it can."""
+        self.failure: asyncio.Future[str] | None = None
+        """From the start on: resolves with words when the node breaks."""
+        self._closed = False
         self._clock = clock
         self._journal = _make_journal(settings, journal_file)
         self._pump = Pump(self.dispatcher, self._journal, hands=self, clock=clock)
@@ -150,13 +143,15 @@ class Node:
 
     def start(self) -> None:
         """Start all workers; returns at once. Needs the running loop."""
-        self._spawner.attach(asyncio.get_running_loop(), lambda: self._milestone("imports done"))
+        loop = asyncio.get_running_loop()
+        self.failure = loop.create_future()
+        self._spawner.attach(loop, lambda: self._milestone("imports done"))
         self.workers.open()
         self._pump.post("clock", Woke())
 
     async def wait_ready(self, num_workers: int = 1) -> None:
-        """Return when that many workers are ready. Raises `StartFailed` when the first start was
-        refused, or when no worker is left that could get ready."""
+        """Return when that many workers are ready. Raises `StartFailed` when no worker is left that
+        could get ready by itself."""
         while self._num_in(WorkerState.READY) < num_workers:
             if self.broken:
                 raise StartFailed(self.broken)
@@ -183,6 +178,7 @@ class Node:
         if len(self._streams):
             self._pump.post("node", DrainStarted())
             self._pump.post("node", DrainExpired())
+        self._closed = True
         self._pump.stop()
         await self.workers.close()
         self._spawner.close()
@@ -197,6 +193,8 @@ class Node:
         called."""
         if self.broken:
             raise Rejected(ErrorKind.INTERNAL, self.broken)
+        if self._closed:
+            raise Rejected(ErrorKind.DRAINING, "the server is shutting down")
         prompt = spec.prompt
         if spec.salt != prompt.salt:
             prompt = self.text.name_blocks(prompt.ids, spec.salt)
@@ -204,6 +202,7 @@ class Node:
         self._next_id += len(sinks)
         ticket = Ticket(spec.name, ids)
         packed, now = prompt.ids.tobytes(), self._clock()
+        arrived = now if spec.arrived is None else min(spec.arrived, now)
         for index, (request_id, sink) in enumerate(zip(ids, sinks, strict=True)):
             sampling = msgspec.structs.replace(spec.sampling, seed=spec.sampling.seed + index)
             self._streams.open(
@@ -213,7 +212,7 @@ class Node:
             )
             request = Request(
                 id=request_id,
-                arrived=now,
+                arrived=arrived,
                 prompt_tokens=len(prompt.ids),
                 max_tokens=spec.max_tokens,
                 slo=spec.slo,
@@ -429,6 +428,8 @@ class Node:
         """The scheduler failed: end everything loudly, serve nothing more."""
         self.broken = words
         self._streams.end_all(ErrorKind.INTERNAL, words)
+        if self.failure is not None and not self.failure.done():
+            self.failure.set_result(words)
 
     async def _change(self) -> None:
         """Sleep until something was handled."""
@@ -456,6 +457,20 @@ class Node:
     def _milestone(self, words: str) -> None:
         if len(self.timeline) < MAX_MILESTONES:
             self.timeline.append((self._clock(), words))
+
+
+def _make_info(settings: NodeSettings, *, vocab_size: int) -> NodeInfo:
+    return NodeInfo(
+        model=settings.model,
+        created=int(time.time()),
+        max_model_len=settings.batcher.max_model_len,
+        vocab_size=vocab_size,
+        eos_token_ids=settings.eos_token_ids,
+        policy=settings.policy,
+        version=settings.version,
+        fingerprint=settings.fingerprint,
+        dtype=settings.dtype,
+    )
 
 
 def _make_journal(settings: NodeSettings, file: JournalFile | None) -> Journal:

@@ -41,6 +41,9 @@ class Submission(Record, frozen=True, kw_only=True):
     sampling: Sampling
     max_tokens: int
     slo: Slo = Slo()
+    arrived: float | None = None
+    """When the request arrived, on the node's clock (`time.monotonic`); None: now. Latency budgets
+    are counted from here, so the time of tokenising is part of them."""
     salt: str = ""
     tenant: str = ""
     priority: int = 0

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import pytest
 from appliance.core.dispatcher import Dispatcher
 from appliance.core.journal import JournalHeader, load, replay
 from appliance.core.slots import Admission
-from appliance.core.types import ErrorKind, FinishReason
+from appliance.core.types import ErrorKind, FinishReason, Request
+from appliance.core.view import NodeView
 from appliance.live.journal_file import JournalFile
-from appliance.live.records import Rejected, Ticket
+from appliance.live.records import Encoded, Rejected, Submission, Ticket
 from appliance.policy import make_policy
-from tests.live.node_kit import Answer, make_settings, running, seeded, settled, submit
+from tests.live.node_kit import Answer, greedy, make_settings, running, seeded, settled, submit
 
 pytestmark = pytest.mark.procs
 
@@ -216,6 +219,36 @@ async def test_closing_a_busy_node_ends_every_answer() -> None:
         await answer.first.wait()
     assert ticket.done.done()
     assert answer.the_end.error is ErrorKind.DRAIN_TIMEOUT
+    spec = Submission(
+        name="late", prompt=Encoded(ids=array("i", [5])), sampling=greedy(), max_tokens=1
+    )
+    with pytest.raises(Rejected, match="shutting down"):
+        node.submit(spec, [Answer()])
+
+
+async def test_budgets_are_counted_from_the_arrival_of_the_request() -> None:
+    fcfs = make_policy("fcfs", {})
+    arrivals: list[float] = []
+
+    def admit(view: NodeView, request: Request, now: float) -> Admission:
+        arrivals.append(request.arrived)
+        return fcfs.dispatch.admit(view, request, now)
+
+    slots = msgspec.structs.replace(fcfs.dispatch, admit=admit)
+    policy = msgspec.structs.replace(fcfs, dispatch=slots)
+    async with running(make_settings(num_workers=1), policy=policy, ready=0) as node:
+        before = time.monotonic()
+        for arrived in (before - 3.0, None, before + 1000.0):
+            spec = Submission(
+                name="early",
+                prompt=Encoded(ids=array("i", [5])),
+                sampling=greedy(),
+                max_tokens=1,
+                arrived=arrived,
+            )
+            node.submit(spec, [Answer()])
+        assert arrivals[0] == before - 3.0
+        assert all(before <= each <= time.monotonic() for each in arrivals[1:])
 
 
 async def test_two_nodes_on_one_machine_do_not_collide() -> None:
@@ -276,5 +309,7 @@ async def test_r1_a_scheduler_that_fails_ends_everything_loudly_and_serves_nothi
         assert {first.the_end.error, second.the_end.error} == {ErrorKind.INTERNAL}
         assert not node.health().ok
         assert node.ready() == (False, "the scheduler failed: a defect")
+        assert node.failure is not None
+        assert await node.failure == "the scheduler failed: a defect"
         with pytest.raises(Rejected, match="a defect"):
             await submit(node, "three")

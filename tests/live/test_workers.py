@@ -204,7 +204,7 @@ async def test_a_payload_that_does_not_decode_costs_the_worker_its_life() -> Non
 
 
 async def test_r19_lives_and_deaths_leave_no_descriptor() -> None:
-    async with pool("deaf") as (workers, listener):
+    async with pool("deaf", close_seconds=0.2) as (workers, listener):
 
         def open_files() -> int:
             return len(os.listdir("/proc/self/fd"))
