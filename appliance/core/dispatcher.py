@@ -15,7 +15,7 @@ service."""
 from collections.abc import Sequence
 from typing import assert_never
 
-from appliance.core.admission import legal_refusal, retry_after
+from appliance.core.admission import end_hopeless, legal_refusal, retry_after
 from appliance.core.cost import CostModel
 from appliance.core.invariants_node import NodeAuditor
 from appliance.core.isolation import Isolation
@@ -149,8 +149,9 @@ class Dispatcher:
     def _decide(self, now: float) -> None:
         state = self._state
         self._life.start_due(now)
-        if len(state.requests) and state.is_abandoned:
-            self._end_all(now)
+        if self._life.pools_changed:
+            self._life.pools_changed = False
+            end_hopeless(state, now)
         said = -1
         while said != len(state.out):
             said = len(state.out)
@@ -215,12 +216,6 @@ class Dispatcher:
                 self._state.out.append(Abort(worker=record.worker, request_id=record.request.id))
             words = "the server shut down before the answer was complete"
             self._state.fail(record, now, kind=ErrorKind.DRAIN_TIMEOUT, message=words)
-
-    def _end_all(self, now: float) -> None:
-        causes = "; ".join(f"worker {s.id}: {s.last_cause}" for s in self._state.slots.values())
-        for record in self._state.requests.records():
-            words = f"no worker is left to serve this request ({causes})"
-            self._state.fail(record, now, kind=ErrorKind.NO_WORKER, message=words)
 
     # --- reports ------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ law 6 (same inputs, same outputs) and law 12 (replay) are proved by
 
 from collections.abc import Callable, Sequence
 
+from appliance.core.admission import too_large
 from appliance.core.invariants import LawBroken
 from appliance.core.lifecycle import RequestState, WorkerState
 from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Reject
@@ -71,13 +72,16 @@ def law_7_views_have_age(heard: Heard) -> None:
 
 
 def law_8_work_conserving(heard: Heard) -> None:
-    """No waiting request has a willing worker, unless the policy named a time to ask again. A
-    suspect waits only while a worker is reserved for it or none can take it."""
+    """No waiting request has a willing worker, unless the policy named a time to ask again, and
+    each has one that may become willing. A suspect waits only while a worker is reserved for it or
+    none can take it."""
     for request in heard.state.requests.queue.requests():
         record = heard.state.requests.get(request.id)
         willing = [] if record is None else heard.state.willing(record, heard.now)
         idle = bool(willing) and not heard.promised
         _want(8, not idle, f"request {request.id} waits, willing: {[s.id for s in willing]}")
+        hopeless = heard.state.is_abandoned or too_large(heard.state, request)
+        _want(8, not hopeless, f"request {request.id} waits for what never comes")
     reserved = any(slot.reserved for slot in heard.state.slots.values())
     for suspect in heard.state.requests.suspects.values():
         able = [slot.id for slot in heard.state.able(suspect, heard.now)]

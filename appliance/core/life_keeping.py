@@ -31,6 +31,8 @@ class LifeKeeper:
         self._state = state
         self.next_start: float | None = 0.0
         """The earliest `start_at` of all workers."""
+        self.pools_changed = False
+        """A worker came up or was quarantined since somebody last put this to False."""
 
     def start_due(self, now: float) -> None:
         """Say `StartWorker` for every worker whose time has come. A node that only drains and has
@@ -49,6 +51,7 @@ class LifeKeeper:
         """The incarnation that was started serves; any other one is not ours."""
         if slot.state is WorkerState.STARTING and report.epoch == slot.epoch:
             slot.up(report, now)
+            self.pools_changed = True
 
     def heartbeat(self, slot: WorkerSlot, report: Heartbeat, now: float) -> None:
         """An idle heartbeat is a proof of health; a load is taken over."""
@@ -103,6 +106,7 @@ class LifeKeeper:
         row = len(slot.bad_epochs)
         if row >= config.quarantine_deaths:
             slot.go(WorkerState.QUARANTINED)
+            self.pools_changed = True
             words = f"{row} deaths in a row, the last: {slot.last_cause}"
             self._state.out.append(Quarantine(worker=slot.id, reason=words))
         else:

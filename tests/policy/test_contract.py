@@ -1,95 +1,133 @@
-"""Every registered policy keeps the laws: a new entry of the table inherits these tests.
+"""What every policy must keep, whatever it is for: each one goes through the same laws.
 
-The worlds check after each message; random choices come from a seed, so a failure can be repeated.
+A new policy is in this suite by being in `POLICIES`.
 """
 
-import random
-from collections.abc import Callable
-
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from appliance.core.dispatcher import Dispatcher
-from appliance.core.messages import Cancelled, Woke
-from appliance.core.types import BatcherConfig, RequestId, WorkerId, WorkerSpec
-from appliance.policy import POLICIES, make_policy
-from tests.core.node_world import HIDDEN_LENGTH, World
-from tests.core.toy_worker import Task, ToyWorker, answer, paged
+from appliance.core.slots import Accept, Policy, Refuse
+from appliance.core.types import CacheGroupSpec, Phase, Request, WorkerId
+from appliance.policy import POLICIES, PolicySettingsError, make_policy
+from tests.core.node_kit import Node, request
+from tests.core.node_world import World
+from tests.core.test_node_properties import check, tasks
+from tests.core.whole_node import Setting
 
-SEEDS = range(8)
-NUM_WORKERS = 3
-
-every_policy = pytest.mark.parametrize("name", sorted(POLICIES))
-
-
-def happenings(world: World, rng: random.Random) -> list[Callable[[], object]]:
-    """What may happen next, on a worker of our choice."""
-    worker = WorkerId(rng.randrange(NUM_WORKERS))
-    live = world.live()
-
-    def cancel() -> None:
-        if live:
-            chosen = RequestId(rng.choice(live))
-            world.cancelled.add(chosen)
-            world.hear(Cancelled(request_id=chosen))
-
-    def work() -> None:
-        world.obey(worker, refuse=rng.random() < 0.1)
-        world.step(worker, burst=rng.randint(1, 2))
-        world.deliver(worker, count=9)
-
-    return [
-        lambda: world.arrive(prompt=rng.randint(1, 60), length=rng.choice(HIDDEN_LENGTH)),
-        lambda: world.arrive(prompt=rng.randint(1, 60), length=rng.choice(HIDDEN_LENGTH)),
-        cancel,
-        lambda: world.come_up(worker),
-        work,
-        work,
-        lambda: world.deliver(worker, count=3),
-        lambda: world.preempt(worker),
-        lambda: world.die(worker, lost=rng.randint(0, 2)) if rng.random() < 0.3 else None,
-        lambda: world.hear(Woke(), after=rng.choice([0.01, 1.0, 20.0])),
-    ]
+NAMES = sorted(POLICIES)
 
 
-@every_policy
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_node_keeps_its_laws_and_replays_the_same(name: str, seed: int) -> None:
-    policy = make_policy(name, {})
-    world = World(NUM_WORKERS, policy=policy.dispatch)
-    rng = random.Random(seed)
-    for _ in range(150):
-        rng.choice(happenings(world, rng))()
+@pytest.fixture(params=NAMES)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return make_policy(request.param, {})
+
+
+def test_it_knows_its_name(policy: Policy) -> None:
+    assert policy.name in POLICIES
+    assert make_policy(policy.name, {}).name == policy.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_R20_an_unknown_setting_is_refused_by_name(name: str) -> None:
+    with pytest.raises(PolicySettingsError, match="no setting 'sttings_of_nobody'"):
+        make_policy(name, {"sttings_of_nobody": 1})
+
+
+def busy(policy: Policy) -> Node:
+    """Three workers, one of them dead, one nearly full, and a queue."""
+    node = Node(3, max_num_seqs=2, policy=policy.dispatch)
+    node.down(2)
+    for number in range(1, 12):
+        node.arrive(number, prompt=number * 7)
+    return node
+
+
+def test_admission_answers_with_accept_or_a_reason(policy: Policy) -> None:
+    node = busy(policy)
+    answer = policy.dispatch.admit(node.core.view, request(50), node.now)
+    assert isinstance(answer, Accept | Refuse)
+    assert isinstance(answer, Accept) or answer.reason
+
+
+def test_order_invents_and_repeats_nobody(policy: Policy) -> None:
+    node = busy(policy)
+    queue: list[Request] = [request(n, arrived=100.0 + n / 7, prompt=n) for n in range(60, 80)]
+    before = list(queue)
+    ordered = list(policy.dispatch.order(queue, node.core.view, node.now))
+    assert queue == before, "the queue is not the policy's to change"
+    ids = [each.id for each in ordered]
+    assert len(set(ids)) == len(ids)
+    assert set(ids) <= {each.id for each in queue}
+
+
+def test_place_names_a_willing_worker_or_none(policy: Policy) -> None:
+    node = Node(3, max_num_seqs=2, policy=policy.dispatch)
+    node.down(1)
+    for number in range(1, 9):
+        new = request(number, arrived=node.now)
+        strange = policy.dispatch.place(node.core.view, new, Phase.PREFILL, node.now)
+        assert strange is None, "a request that does not wait has no willing worker"
+        node.arrive(number)
+    assert set(node.where.values()) <= {0, 2}
+
+
+def test_law_9_a_decision_depends_on_what_it_may_see_alone(policy: Policy) -> None:
+    """Two fresh copies that hear the same say the same, and asking twice changes nothing."""
+    said = []
+    for asks in (1, 3):
+        node = busy(make_policy(policy.name, {}))
+        for _ in range(asks):
+            policy.dispatch.order([], node.core.view, node.now)
+            policy.dispatch.wakeup(node.core.view, node.now)
+        while node.core.num_live:
+            for worker in (0, 1):
+                if here := node.at(worker):
+                    node.step(worker, here[:2], finished=here[:1])
+        said.append(node.said)
+    assert said[0] == said[1]
+
+
+def test_a_wakeup_is_a_time_to_come(policy: Policy) -> None:
+    node = busy(policy)
+    wakeup = policy.dispatch.wakeup(node.core.view, node.now)
+    assert wakeup is None or wakeup > node.now
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_R1_the_laws_of_the_node_hold_under_deaths(name: str, data: st.DataObject) -> None:
+    world = World(data.draw(st.integers(1, 4)), policy=make_policy(name, {}).dispatch)
+    actions = st.tuples(st.sampled_from("aaauuossddk"), st.integers(0, 3), st.integers(1, 9))
+    for what, number, amount in data.draw(st.lists(actions, min_size=20, max_size=80)):
+        worker = WorkerId(number % len(world.wire))
+        match what:
+            case "a":
+                world.arrive(prompt=amount * 5, length=amount, poison=amount == 9)
+            case "u":
+                world.come_up(worker)
+            case "o":
+                world.obey(worker, refuse=amount == 1)
+            case "s":
+                world.obey(worker)
+                world.step(worker)
+            case "d":
+                world.deliver(worker, count=amount)
+            case _:
+                world.die(worker)
     world.settle()
-    specs = [WorkerSpec(id=worker, devices=("cpu",)) for worker in world.wire]
-    fresh_policy = make_policy(name, {}).dispatch
-    fresh = Dispatcher(world.config, workers=specs, policy=fresh_policy)
-    for now, message, outputs in world.inputs:
-        assert fresh.handle(message, now) == outputs
 
 
-@every_policy
-@pytest.mark.parametrize("depth", [0, 1, 2])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_worker_keeps_its_laws_and_gives_the_answers_of_a_request_alone(
-    name: str, depth: int, seed: int
-) -> None:
-    rng = random.Random(seed)
-    config = BatcherConfig(max_model_len=40, max_num_seqs=4, max_batch_tokens=9, depth=depth)
-    policy = make_policy(name, {})
-    worker = ToyWorker(config, groups=[paged(num_blocks=14)], policy=policy.batch)
-    tasks = {}
-    for number in range(1, 25):
-        prompt = tuple(rng.randint(0, 2) for _ in range(rng.randint(1, 20)))
-        tasks[number] = Task(number, prompt, max_tokens=rng.randint(1, 15), seed=number % 3)
-        worker.assign(tasks[number])
-        for _ in range(rng.randint(0, 3)):
-            worker.step()
-    worker.run()
-    assert worker.open == frozenset()
-    for number, task in tasks.items():
-        assert worker.emitted[number] == answer(task, config.max_model_len)[0]
-
-
-@every_policy
-def test_its_name_is_its_key(name: str) -> None:
-    assert make_policy(name, {}).name == name
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_R12_answers_do_not_depend_on_the_policy(name: str, data: st.DataObject) -> None:
+    setting = Setting(
+        policy=make_policy(name, {}),
+        groups=(CacheGroupSpec(num_blocks=data.draw(st.integers(14, 30)), block_tokens=2),),
+        num_workers=data.draw(st.integers(1, 2)),
+        depth=data.draw(st.integers(0, 2)),
+    )
+    kills = data.draw(st.lists(st.tuples(st.integers(0, 1), st.floats(0.03, 0.3)), max_size=2))
+    check(setting, data.draw(tasks()), kills=kills, cancels=[])
