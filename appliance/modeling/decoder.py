@@ -76,6 +76,11 @@ class Decoder:
             shape, max_positions=max_positions, dtype=self.embed.dtype
         )
 
+    @property
+    def invariant(self) -> bool:
+        """Whether the bits of a row were proven not to depend on the other rows of its products."""
+        return bool(self.rows and self.lm_head.rows)
+
     def padded_rows(self, count: int) -> int:
         """How many rows `hidden` must be given for `count` tokens."""
         return padded_rows(self.rows, count)

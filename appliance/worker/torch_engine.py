@@ -85,22 +85,22 @@ class _BlockTables:
 
 
 class TorchEngine:
-    """Implements `appliance.worker.engine.Engine` on CPU.
-
-    `max_rows` and `max_sampled` are the usual bounds of a step's tokens and sampled sequences."""
+    """Implements `appliance.worker.engine.Engine` on CPU."""
 
     def __init__(
         self,
         decoder: Decoder,
+        attention: PagedAttention,
         pool: KvPool,
         *,
         max_model_len: int,
         max_sequences: int,
         info: EngineInfo,
     ) -> None:
+        """`attention` works on `pool`; `max_sequences` is a step's usual bound, more is fine."""
         self._decoder = decoder
+        self._attention = attention
         self._pool = pool
-        self._attention = PagedAttention(pool, num_heads=decoder.shape.num_heads)
         self._info = info
         self._sequences: dict[RequestId, _Sequence] = {}
         width = -(-max_model_len // TILE) * (TILE // pool.block_tokens)
@@ -111,47 +111,46 @@ class TorchEngine:
         """Map the slabs (filling the weights if `start.load_weights`), choose kernels, touch the
         pool.
 
-        Raises `UnsupportedModel` or `WeightError`, whose message names cause and fix."""
+        Raises `UnsupportedModel`, `WeightError` or `ValueError`; the message names cause and fix.
+        """
         torch.set_num_threads(start.threads)
-        model_dir = Path(start.model_dir)
+        model_dir, bounds = Path(start.model_dir), start.batcher
         shape, dtype = read_shape(model_dir), parse_dtype(start.dtype)
-        check_lengths(shape, max_model_len=start.batcher.max_model_len)
-        weights = open_weights(
-            weights_fd,
-            model_dir=model_dir,
-            shape=shape,
-            dtype=dtype,
-            load="if_needed" if start.load_weights else "never",
-        )
+        check_lengths(shape, max_model_len=bounds.max_model_len)
+        load = "if_needed" if start.load_weights else "never"
+        weights = open_weights(weights_fd, model_dir=model_dir, shape=shape, dtype=dtype, load=load)
         pool = open_pool(
             kv_fd, shape, dtype, num_blocks=start.num_blocks, block_tokens=start.block_tokens
         )
         factory = LinearFactory(invariant=dtype == "float32")
         with torch.inference_mode():
             pool.touch()
+            attention = PagedAttention(pool, num_heads=shape.num_heads)
             decoder = Decoder(
                 shape,
                 weights.tensors,
                 factory=factory,
-                max_positions=start.batcher.max_model_len,
-                max_rows=start.batcher.max_batch_tokens,
-                max_sampled=start.batcher.max_num_seqs,
+                max_positions=bounds.max_model_len,
+                max_rows=bounds.max_batch_tokens,
+                max_sampled=bounds.max_num_seqs,
             )
+        proven = decoder.invariant and attention.invariant and start.threads == 1
         group = CacheGroupSpec(num_blocks=start.num_blocks, block_tokens=start.block_tokens)
-        engine = cls(
-            decoder,
-            pool,
-            max_model_len=start.batcher.max_model_len,
-            max_sequences=start.batcher.max_num_seqs,
-            info=EngineInfo(
-                groups=(group,),
-                vocab_size=shape.vocab_size,
-                max_positions=shape.max_positions,
-                weights_source=weights.source,
-            ),
+        info = EngineInfo(
+            groups=(group,),
+            vocab_size=shape.vocab_size,
+            max_positions=shape.max_positions,
+            weights_source=weights.source,
+            notes=_notes(factory, proven=proven, threads=start.threads),
         )
-        engine._info = _with_notes(engine, factory, threads=start.threads)
-        return engine
+        return cls(
+            decoder,
+            attention,
+            pool,
+            max_model_len=bounds.max_model_len,
+            max_sequences=bounds.max_num_seqs,
+            info=info,
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -299,18 +298,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _with_notes(engine: TorchEngine, factory: LinearFactory, *, threads: int) -> EngineInfo:
-    """The engine's facts with what an operator should read about the chosen kernels."""
-    paths = sorted({path.name for path in factory.paths.values()})
-    rows = engine._decoder.rows
-    proven = bool(rows) and engine._attention.invariant and threads == 1
+def _notes(factory: LinearFactory, *, proven: bool, threads: int) -> tuple[str, ...]:
+    """What an operator should read about the chosen kernels."""
+    paths = "+".join(sorted({path.name for path in factory.paths.values()}))
     promise = "row-invariant" if proven else "not row-invariant"
-    note = f"products {'+'.join(paths)}, {promise} at {threads} thread(s)"
-    info = engine.info
-    return EngineInfo(
-        groups=info.groups,
-        vocab_size=info.vocab_size,
-        max_positions=info.max_positions,
-        weights_source=info.weights_source,
-        notes=(note, *factory.notes),
-    )
+    return (f"products {paths}, {promise} at {threads} thread(s)", *factory.notes)
