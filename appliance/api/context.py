@@ -1,8 +1,8 @@
 """What every handler of one application shares, and what every request carries."""
 
-import asyncio
 import re
 import secrets
+import time
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -43,7 +43,7 @@ ARRIVED = web.RequestKey("arrived", float)
 def stamp(request: web.Request) -> None:
     """Give a request its arrival time and its id: the client's when it is sane, else a new one."""
     given = request.headers.get("x-request-id", "")
-    request[ARRIVED] = asyncio.get_running_loop().time()
+    request[ARRIVED] = time.monotonic()
     request[REQUEST_ID] = given if _SANE_ID.fullmatch(given) else new_id("req")
 
 

@@ -50,12 +50,12 @@ async def serve(context: Context, request: web.Request, job: Job) -> web.StreamR
             stream = _open_stream(context, job, job.plan.streaming, tickets)
             exchange = stream
             make = _sse_sinks(context, request, job, stream, job.plan.streaming)
-            _submit(context, job, make, tickets)
+            _submit(context, job, make, tickets, arrived=request[ARRIVED])
             return await _stream(request, job, stream)
         exchange = Exchange(job.num_answers, asyncio.get_running_loop())
         collected: list[CollectSink] = []
         make = _collect_sinks(context, request, job, exchange, collected)
-        _submit(context, job, make, tickets)
+        _submit(context, job, make, tickets, arrived=request[ARRIVED])
         await exchange.over
         if exchange.error is not None:
             raise exchange.error
@@ -70,7 +70,9 @@ async def serve(context: Context, request: web.Request, job: Job) -> web.StreamR
 MakeSinks = Callable[[int], list[BaseSink]]
 
 
-def _submit(context: Context, job: Job, make: MakeSinks, tickets: list[Ticket]) -> None:
+def _submit(
+    context: Context, job: Job, make: MakeSinks, tickets: list[Ticket], *, arrived: float
+) -> None:
     """Hand all prompts over; the caller cancels what was accepted when a later one is refused."""
     plan = job.plan
     seed = secrets.randbelow(SEED_RANGE) if plan.seed is None else plan.seed
@@ -81,6 +83,7 @@ def _submit(context: Context, job: Job, make: MakeSinks, tickets: list[Ticket]) 
             sampling=msgspec.structs.replace(plan.sampling, seed=seed),
             max_tokens=job.max_tokens[index],
             slo=plan.slo,
+            arrived=arrived,
             salt=plan.salt,
             priority=plan.priority,
         )
@@ -102,7 +105,7 @@ def _identity(context: Context, job: Job) -> Identity:
 
 def _meter(context: Context, request: web.Request, job: Job) -> Meter:
     latency = context.stats.latency(job.plan.slo)
-    return Meter(latency, request[ARRIVED], asyncio.get_running_loop().time)
+    return Meter(latency, request[ARRIVED], time.monotonic)
 
 
 def _renderer(context: Context, job: Job) -> LogprobRenderer | None:
@@ -242,7 +245,7 @@ def _log_end(request: web.Request, job: Job, exchange: Exchange | None) -> None:
             "outcome": outcome,
             "prompt_tokens": usage.prompt_tokens,
             "generated_tokens": usage.completion_tokens,
-            "seconds": asyncio.get_running_loop().time() - request[ARRIVED],
+            "seconds": time.monotonic() - request[ARRIVED],
         },
     )
 
