@@ -1,7 +1,8 @@
 """A deterministic plan of faults: at point X, on worker Y, do Z.
 
 Points are named places in the protocol, compiled in and inert unless a plan names them; the shells
-carry a matched rule out (kill, stop, raise ...). Used to prove promises, active only when asked for.
+carry a matched rule out (kill, stop, raise ...). Used to prove promises, active only when asked
+for.
 """
 
 import msgspec
@@ -10,11 +11,12 @@ from appliance.core.types import WorkerId
 
 
 class FaultRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`action` at the `nth` hit of `point` (counted per process) and, if `repeat`, at each later one.
+    """`action` at the `nth` hit of `point` (counted per process) and, if `repeat`, at each later
+    one.
 
     `worker` restricts the rule to one worker, `epoch` to one incarnation, `token` to steps that
-    compute a sequence whose prompt contains that token id. Actions: kill, segv, stop (SIGSTOP), exit,
-    raise, oom (a device out-of-memory error), delay (`seconds`).
+    compute a sequence whose prompt contains that token id. Actions: kill, segv, stop (SIGSTOP),
+    exit, raise, oom (a device out-of-memory error), delay (`seconds`).
     """
 
     point: str

@@ -20,7 +20,8 @@ def root_hash(*, key: bytes, adapter: str | None = None, salt: str = "") -> int:
 
 
 def chain(ids: bytes | memoryview, block_tokens: int, *, key: bytes, parent: int) -> list[int]:
-    """Hashes of all full blocks of `ids` (little-endian int32), which follow the block named `parent`.
+    """Hashes of all full blocks of `ids` (little-endian int32), which follow the block named
+    `parent`.
 
     Raises `ValueError` when `ids` is not a whole number of int32."""
     if len(ids) % 4:

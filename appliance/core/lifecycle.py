@@ -1,7 +1,7 @@
 """Which state may follow which: tables that one can review, looked up by the mechanism.
 
-`docs/architecture.md` draws its diagrams from these tables. A move that is not in the table is a bug
-and raises `IllegalTransition` with the history of what moved.
+`docs/architecture.md` draws its diagrams from these tables. A move that is not in the table is a
+bug and raises `IllegalTransition` with the history of what moved.
 """
 
 from collections.abc import Mapping

@@ -1,12 +1,13 @@
 """Closed, tagged unions: what the node's two schedulers say and hear.
 
-A `Command` goes from the Dispatcher to one worker's Batcher, a `Report` comes back, an `Event` comes
-from outside, an `Effect` goes to the shell around the Dispatcher. The same structs are the control
-pipe's frames, the journal's lines and a simulator's queue. Commands are imperative, the rest past.
+A `Command` goes from the Dispatcher to one worker's Batcher, a `Report` comes back, an `Event`
+comes from outside, an `Effect` goes to the shell around the Dispatcher. The same structs are the
+control pipe's frames, the journal's lines and a simulator's queue. Commands are imperative, the
+rest past.
 
 Hand-off, migration, role changes and weight moves are named here from the start, so that tables,
-journal and wire format do not change when their mechanism arrives; a Batcher that is asked for one it
-does not perform answers `Refused`.
+journal and wire format do not change when their mechanism arrives; a Batcher that is asked for one
+it does not perform answers `Refused`.
 """
 
 from appliance.core.types import (
@@ -33,8 +34,8 @@ class Tagged(Record, frozen=True, kw_only=True, tag_field="t", tag=True):
 class Assign(Tagged, frozen=True, kw_only=True):
     """Serve this sequence. Payload: `SequenceState` (prompt and emitted ids, sampling, stop rules).
 
-    `emitted_tokens` were sent to the client before and are known tokens: the worker computes their KV
-    and goes on with the next one."""
+    `emitted_tokens` were sent to the client before and are known tokens: the worker computes their
+    KV and goes on with the next one."""
 
     worker: WorkerId
     request: Request
@@ -49,7 +50,8 @@ class Abort(Tagged, frozen=True, kw_only=True):
 
 
 class Pull(Tagged, frozen=True, kw_only=True):
-    """Copy the KV of this sequence out of `source`'s pool and decode it. Payload: `SequenceState`."""
+    """Copy the KV of this sequence out of `source`'s pool and decode it. Payload:
+    `SequenceState`."""
 
     worker: WorkerId
     request: Request
@@ -127,7 +129,8 @@ class WorkerUp(Tagged, frozen=True, kw_only=True):
 
 
 class SeqFinished(Record, frozen=True, kw_only=True, array_like=True):
-    """An answer ended: `emitted_tokens` in all, `cached_tokens` of the prompt came from the cache."""
+    """An answer ended: `emitted_tokens` in all, `cached_tokens` of the prompt came from the
+    cache."""
 
     id: RequestId
     reason: FinishReason
@@ -136,8 +139,8 @@ class SeqFinished(Record, frozen=True, kw_only=True, array_like=True):
 
 
 class StepReported(Tagged, frozen=True, kw_only=True):
-    """One step is done. `ids[i]` emitted `counts[i]` tokens (`counts` empty: one each), in this order;
-    `finished` names those that ended with it. Payload: `StepOutputs` in the same order."""
+    """One step is done. `ids[i]` emitted `counts[i]` tokens (`counts` empty: one each), in this
+    order; `finished` names those that ended with it. Payload: `StepOutputs` in the same order."""
 
     worker: WorkerId
     step: int
@@ -158,7 +161,8 @@ class Prefilled(Tagged, frozen=True, kw_only=True):
 
 
 class Preempted(Tagged, frozen=True, kw_only=True):
-    """Memory was short: this sequence lost its blocks and waits at the same worker to be recomputed."""
+    """Memory was short: this sequence lost its blocks and waits at the same worker to be
+    recomputed."""
 
     worker: WorkerId
     request_id: RequestId
@@ -207,7 +211,8 @@ class CacheChanged(Tagged, frozen=True, kw_only=True):
 
 
 class Refused(Tagged, frozen=True, kw_only=True):
-    """The worker does not do what was asked; a normal answer. `command` is the tag of the command."""
+    """The worker does not do what was asked; a normal answer. `command` is the tag of the
+    command."""
 
     worker: WorkerId
     command: str
@@ -234,8 +239,8 @@ class WeightsLoaded(Tagged, frozen=True, kw_only=True):
 
 class Heartbeat(Tagged, frozen=True, kw_only=True):
     """The worker lives. `step` is the number of its last finished step; `in_step` is how long the
-    present one has been running (None: idle). Sent on a timer, and with `load` after every change of
-    load that no step reports."""
+    present one has been running (None: idle). Sent on a timer, and with `load` after every change
+    of load that no step reports."""
 
     worker: WorkerId
     step: int
@@ -318,7 +323,8 @@ class Degrade(Tagged, frozen=True, kw_only=True):
 
 
 class Ended(Tagged, frozen=True, kw_only=True):
-    """The one terminal event of an accepted request: `reason`, or `error` with words for the client."""
+    """The one terminal event of an accepted request: `reason`, or `error` with words for the
+    client."""
 
     request_id: RequestId
     reason: FinishReason | None = None

@@ -1,8 +1,8 @@
 """What travels beside a message and the schedulers never open.
 
-`SequenceState` is everything a worker needs to go on with a sequence at any point of its life, so any
-worker can. `StepOutputs` is what one step gave to all streams, in columns: one object per step, not
-one per token.
+`SequenceState` is everything a worker needs to go on with a sequence at any point of its life, so
+any worker can. `StepOutputs` is what one step gave to all streams, in columns: one object per step,
+not one per token.
 """
 
 from typing import Any
@@ -13,9 +13,10 @@ from appliance.core.types import RequestId
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How tokens are drawn and when the answer stops. `temperature` 0 is greedy. `top_k` 0, `top_p` 1
-    and `min_p` 0 switch the filter off. `seed` is always set by the node (drawn when the client gave
-    none), so a re-placed sequence goes on with the same draws: noise is a function of (seed, position).
+    """How tokens are drawn and when the answer stops. `temperature` 0 is greedy. `top_k` 0, `top_p`
+    1 and `min_p` 0 switch the filter off. `seed` is always set by the node (drawn when the client
+    gave none), so a re-placed sequence goes on with the same draws: noise is a function of (seed,
+    position).
     """
 
     temperature: float = 1.0
@@ -31,7 +32,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     include_stop: bool = False
     """Keep the stop string in the text."""
     logprobs: int | None = None
-    """Number of alternatives to report beside the chosen token's log-probability; None: report none."""
+    """Number of alternatives to report beside the chosen token's log-probability; None: report
+    none."""
     skip_special_tokens: bool = True
 
 
@@ -60,8 +62,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class StepOutputs(msgspec.Struct, kw_only=True, array_like=True):
     """Columns over the sequences that emitted in a step, in the order of `StepReported.ids`.
 
-    `texts[i]` is the text that became certain with these tokens (may be empty while a character or a
-    possible stop string is incomplete). `logprobs[i]` has one entry per token, or is None."""
+    `texts[i]` is the text that became certain with these tokens (may be empty while a character or
+    a possible stop string is incomplete). `logprobs[i]` has one entry per token, or is None."""
 
     ids: list[RequestId]
     tokens: list[list[int]]

@@ -34,7 +34,8 @@ class AdmitSlot(Protocol):
 
 
 class OrderSlot(Protocol):
-    """In which order are the waiting requests offered to `place`? Returns a permutation or a prefix."""
+    """In which order are the waiting requests offered to `place`? Returns a permutation or a
+    prefix."""
 
     def __call__(
         self, queue: Sequence[Request], view: NodeView, now: float
@@ -56,7 +57,8 @@ class VictimSlot(Protocol):
 
 
 class Grant(Record, frozen=True, kw_only=True, array_like=True):
-    """Up to `num_tokens` tokens of this sequence in the step being planned (a decode asks for 1)."""
+    """Up to `num_tokens` tokens of this sequence in the step being planned (a decode asks for
+    1)."""
 
     id: RequestId
     num_tokens: int
@@ -65,9 +67,9 @@ class Grant(Record, frozen=True, kw_only=True, array_like=True):
 class FillSlot(Protocol):
     """How many tokens for whom in this step, most important first?
 
-    The sum may not exceed `budget_tokens`. The mechanism walks the grants in order, admits those that
-    still wait (prefix cache looked up then), allocates blocks, preempts if it must, and trims a grant
-    to what a sequence can use."""
+    The sum may not exceed `budget_tokens`. The mechanism walks the grants in order, admits those
+    that still wait (prefix cache looked up then), allocates blocks, preempts if it must, and trims
+    a grant to what a sequence can use."""
 
     def __call__(self, view: LocalView, budget_tokens: int, now: float) -> Sequence[Grant]: ...
 

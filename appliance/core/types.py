@@ -1,12 +1,12 @@
 """The nouns that every package shares.
 
 Ids are small integers: they are cheap on the wire and mean nothing outside the node (the API keeps
-its own strings). A `Request` is *one sequence*: an API request with `n > 1` becomes `n` requests that
-name the same `group`. The core never sees a token id or a character; what the shells need travels
-beside a message as an opaque payload (`appliance.core.payload`).
+its own strings). A `Request` is *one sequence*: an API request with `n > 1` becomes `n` requests
+that name the same `group`. The core never sees a token id or a character; what the shells need
+travels beside a message as an opaque payload (`appliance.core.payload`).
 
-All times are seconds on one monotonic clock of the node; all sizes are tokens, blocks or bytes as the
-name says.
+All times are seconds on one monotonic clock of the node; all sizes are tokens, blocks or bytes as
+the name says.
 """
 
 from enum import StrEnum
@@ -19,7 +19,8 @@ WorkerId = NewType("WorkerId", int)
 BlockId = int
 """Index of a block in one cache group's pool of one worker."""
 BlockHash = int
-"""Unsigned 64-bit number that names a full block by content: hash(parent, token ids, adapter, salt)."""
+"""Unsigned 64-bit number that names a full block by content: hash(parent, token ids, adapter,
+salt)."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +50,8 @@ class FinishReason(StrEnum):
 
 
 class ErrorKind(StrEnum):
-    """Why an accepted request ended without an answer: the machine-readable `code` of the API error."""
+    """Why an accepted request ended without an answer: the machine-readable `code` of the API
+    error."""
 
     CANCELLED = "cancelled"
     QUEUE_FULL = "queue_full"
@@ -64,7 +66,8 @@ class ErrorKind(StrEnum):
 
 
 class Slo(Record, frozen=True, kw_only=True):
-    """Latency budgets in seconds, `None` for "no target". `weight` is the class's value per request."""
+    """Latency budgets in seconds, `None` for "no target". `weight` is the class's value per
+    request."""
 
     class_name: str = "default"
     ttft: float | None = None
@@ -97,8 +100,8 @@ class Request(Record, frozen=True, kw_only=True):
 class CacheGroupSpec(Record, frozen=True, kw_only=True):
     """One kind of KV state that a model keeps per sequence, held in equal blocks.
 
-    `kind` "paged" keeps every token; "window" keeps the last `window` tokens and gives earlier blocks
-    back. Most models have exactly one paged group.
+    `kind` "paged" keeps every token; "window" keeps the last `window` tokens and gives earlier
+    blocks back. Most models have exactly one paged group.
     """
 
     name: str = "kv"
@@ -138,10 +141,11 @@ class StepPlan(Record, frozen=True, kw_only=True):
 
 
 class SeqResult(Record, frozen=True, kw_only=True, array_like=True):
-    """What came of one `SeqWork` that sampled: `num_tokens` new tokens (1; several under speculation).
+    """What came of one `SeqWork` that sampled: `num_tokens` new tokens (1; several under
+    speculation).
 
-    `stopped` is set when the shell saw a stop token or string. `hashes` names the blocks that became
-    full of *known* tokens with these, in order.
+    `stopped` is set when the shell saw a stop token or string. `hashes` names the blocks that
+    became full of *known* tokens with these, in order.
     """
 
     id: RequestId
@@ -151,7 +155,8 @@ class SeqResult(Record, frozen=True, kw_only=True, array_like=True):
 
 
 class StepResult(Record, frozen=True, kw_only=True):
-    """The outcome of the step of the same number; one entry per work item that sampled, in its order."""
+    """The outcome of the step of the same number; one entry per work item that sampled, in its
+    order."""
 
     step: int
     results: tuple[SeqResult, ...]
@@ -167,9 +172,9 @@ class WorkerSpec(Record, frozen=True, kw_only=True):
 
 
 class WorkerLoad(Record, frozen=True, kw_only=True, array_like=True):
-    """A worker's ledger and queues at one moment. `free` counts evictable cached blocks too (they are
-    also shown as `cached`); `held` blocks belong to live sequences; `leased` are pinned for a peer.
-    free + held + leased = total."""
+    """A worker's ledger and queues at one moment. `free` counts evictable cached blocks too (they
+    are also shown as `cached`); `held` blocks belong to live sequences; `leased` are pinned for a
+    peer. free + held + leased = total."""
 
     blocks_total: int
     blocks_free: int
@@ -183,8 +188,9 @@ class WorkerLoad(Record, frozen=True, kw_only=True, array_like=True):
 
 
 class BatcherConfig(Record, frozen=True, kw_only=True):
-    """Bounds of one Batcher. `max_batch_tokens` is the budget of one step (decode tokens and prefill
-    chunks together); `depth` is how many steps are planned ahead of the first uncommitted one."""
+    """Bounds of one Batcher. `max_batch_tokens` is the budget of one step (decode tokens and
+    prefill chunks together); `depth` is how many steps are planned ahead of the first uncommitted
+    one."""
 
     max_model_len: int
     max_num_seqs: int = 64

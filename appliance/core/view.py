@@ -1,8 +1,8 @@
 """What a policy may see: read-only, and never a true output length.
 
-The Dispatcher's view of a worker is a hint that is as old as `as_of` says; the worker's own ledger is
-the truth. `SeqView` is a Protocol that the Batcher's bookkeeping objects satisfy as they are, so a
-step over hundreds of sequences copies nothing.
+The Dispatcher's view of a worker is a hint that is as old as `as_of` says; the worker's own ledger
+is the truth. `SeqView` is a Protocol that the Batcher's bookkeeping objects satisfy as they are, so
+a step over hundreds of sequences copies nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,8 @@ class WorkerView(Record, frozen=True, kw_only=True):
     assigned: int
     """Requests assigned and not ended, whether the worker has reported them or not."""
     pending_tokens: int
-    """Prefill tokens assigned whose first token has not been reported (includes those on the way)."""
+    """Prefill tokens assigned whose first token has not been reported (includes those on the
+    way)."""
     step_seconds: float
     """Mean of the recent steps; 0 before the first."""
     reserved: bool = False
@@ -151,4 +152,5 @@ class LocalView(Protocol):
 
     @property
     def stale(self) -> AbstractSet[RequestId]:
-        """Sequences that cannot be planned now (cancelled or preempted, still in a running step)."""
+        """Sequences that cannot be planned now (cancelled or preempted, still in a running
+        step)."""

@@ -4,8 +4,8 @@ A frame is a short list of messages and one opaque payload::
 
     u32 length of all that follows | u32 length of the header | header (msgpack) | payload
 
-Integers are little-endian. One step of a worker is one frame. Encoders and decoders are built by the
-caller once (`FrameCodec`), not kept in the module.
+Integers are little-endian. One step of a worker is one frame. Encoders and decoders are built by
+the caller once (`FrameCodec`), not kept in the module.
 """
 
 import struct
@@ -72,8 +72,8 @@ class FrameBuffer:
         self._data = bytearray()
 
     def feed(self, data: bytes | memoryview) -> Iterator[memoryview]:
-        """Add bytes and yield each complete frame (without its length word). Each view is valid until
-        the next one is asked for. Raises `WireError` on an impossible length."""
+        """Add bytes and yield each complete frame (without its length word). Each view is valid
+        until the next one is asked for. Raises `WireError` on an impossible length."""
         self._data += data
         position = 0
         try:

@@ -1,8 +1,8 @@
 """The seam between the step loop and whatever computes tokens.
 
-Two engines stand behind it: `torch_engine` runs a model, `paced_engine` lets each step last as long as
-a device profile says. Both own their worker's KV pool and keep, per sequence, its token ids and block
-table; neither decides anything.
+Two engines stand behind it: `torch_engine` runs a model, `paced_engine` lets each step last as long
+as a device profile says. Both own their worker's KV pool and keep, per sequence, its token ids and
+block table; neither decides anything.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ class EngineInfo(Record, frozen=True, kw_only=True):
     """What the engine can hold, known once it is ready."""
 
     groups: tuple[CacheGroupSpec, ...]
-    """Cache groups with the number of usable blocks (a scratch block for padding is not counted)."""
+    """Cache groups with the number of usable blocks (a scratch block for padding is not
+    counted)."""
     vocab_size: int
     max_positions: int
     weights_source: str
@@ -48,9 +49,11 @@ class Engine(Protocol):
     def execute(self, plan: StepPlan) -> Sequence[SampledToken]:
         """Run one step and return a token for each work item with `samples`, in plan order.
 
-        The sampled token is appended to the sequence's known tokens at once, so that the next plan may
-        compute it. Work of dropped sequences is skipped. Raises `EngineError` when the device fails."""
+        The sampled token is appended to the sequence's known tokens at once, so that the next plan
+        may compute it. Work of dropped sequences is skipped. Raises `EngineError` when the device
+        fails."""
 
 
 class EngineError(Exception):
-    """The device or the engine failed; the worker cannot go on. The last line names cause and fix."""
+    """The device or the engine failed; the worker cannot go on. The last line names cause and
+    fix."""
