@@ -72,7 +72,8 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu:2")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    seconds = []
+    seconds: list[float] = []
+    output = ""
     for _ in range(options.runs):
         took, output = one_run(options.devices)
         seconds.append(round(took, 3))

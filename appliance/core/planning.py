@@ -4,11 +4,12 @@ The policy says how many tokens for whom; the planner makes it legal. It walks t
 admits what still waits, finds room in the ledger and books what was planned. Its rules:
 
 * **The oldest running sequence goes first** and is never preempted. Since a sequence is only
-accepted   if it fits into the pool alone, the oldest can always get on, and so, one after the
-other, can all. * **A chunk is trimmed to the room there is**; only a sequence that cannot get on
-at all costs somebody   else its blocks. The victim may be the needy one itself.
+  accepted if it fits into the pool alone, the oldest can always get on, and so, one after the
+  other, can all.
+* **A chunk is trimmed to the room there is**; only a sequence that cannot get on at all costs
+  somebody else its blocks. The victim may be the needy one itself.
 * **Blocks that are about to come back are waited for**: nobody is preempted while stale sequences
-will   give back what is missing with the next finished steps.
+  will give back what is missing with the next finished steps.
 * **Admission never preempts.** A sequence is admitted if its whole prefill fits beside what running
   prefills still need, with one block to grow for each running sequence. When one does not fit, none
   behind it is tried: small requests cannot starve a large one. If nothing runs, the first is
