@@ -451,7 +451,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the bundled model.")
     parser.add_argument("out", type=Path, help="directory of the published model")
     parser.add_argument("--state-dir", type=Path, required=True, help="directory of checkpoints")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
