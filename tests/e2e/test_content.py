@@ -1,29 +1,17 @@
 """Answers through HTTP are those of transformers on the same checkpoint, one by one (R12)."""
 
 import asyncio
-import importlib.util
-import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tools import model_tasks as tasks
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-tasks"
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(900)]
-
-
-def load_tasks() -> Any:
-    """The module tools/model_tasks.py."""
-    spec = importlib.util.spec_from_file_location("model_tasks", ROOT / "tools/model_tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["model_tasks"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def oracle(conversations: list[list[dict[str, str]]], max_tokens: int) -> list[str]:
@@ -46,7 +34,7 @@ def oracle(conversations: list[list[dict[str, str]]], max_tokens: int) -> list[s
     return answers
 
 
-def questions(tasks: Any, per_task: int) -> list[tuple[str, Any]]:
+def questions(per_task: int) -> list[tuple[str, Any]]:
     rng = random.Random(20)
     return [(name, tasks.generate(name, rng)) for name in tasks.TASKS for _ in range(per_task)]
 
@@ -67,8 +55,7 @@ async def ask(session: Any, url: str, messages: Any, max_tokens: int) -> str:
 async def test_R12_answers_equal_transformers_one_by_one(
     serve: Any, session: Any, per_task: int
 ) -> None:
-    tasks = load_tasks()
-    drawn = questions(tasks, per_task)
+    drawn = questions(per_task)
     conversations = [[{"role": "user", "content": item.prompt}] for _, item in drawn]
     expected = oracle(conversations, 64)
     server = serve("--devices", "cpu:2", workers=2)
@@ -77,9 +64,8 @@ async def test_R12_answers_equal_transformers_one_by_one(
     )
     assert answers == expected
 
-    reported = json.loads((MODEL / "eval.json").read_text())
-    right: dict[str, int] = {}
+    right = dict.fromkeys(tasks.TASKS, 0)
     for (name, item), answer in zip(drawn, answers, strict=True):
-        right[name] = right.get(name, 0) + tasks.check(item, answer)
-    print({name: f"{count}/{per_task}" for name, count in right.items()}, reported)
-    assert sum(right.values()) >= 0.6 * len(drawn), right
+        right[name] += tasks.check(item, answer)
+    print({name: f"{count}/{per_task}" for name, count in right.items()})
+    assert sum(right.values()) >= 0.95 * len(drawn), right
