@@ -16,7 +16,7 @@ Reports that no step carries come from `handle`, with a `Heartbeat` that has the
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from appliance.core.blocks import BlockLedger
 from appliance.core.committing import Committer, ProtocolError
@@ -110,6 +110,11 @@ class Batcher:
     def num_outstanding(self) -> int:
         """Plans whose result has not come."""
         return len(self._outstanding)
+
+    def planned_sequences(self) -> Iterator[LiveSequence]:
+        """Whose work is in outstanding plans, once per work item."""
+        for entry in self._outstanding:
+            yield from entry.seqs
 
     def next_wakeup(self) -> float | None:
         """When to ask again though nothing happens: never, no rule of a Batcher waits for a
@@ -253,7 +258,7 @@ class Batcher:
         if group is None or group == seq.id or not self.config.enable_prefix_cache:
             return None
         leader = self.queues.by_id.get(group)
-        if leader is None or leader.state in OVER or leader.state is SeqState.BLOCKED:
+        if leader is None or leader.state in OVER:
             return None
         shared = min(seq.num_shared, leader.num_shared) * self.ledger.block_tokens
         return leader if leader.num_done < shared else None

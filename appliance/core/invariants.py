@@ -100,6 +100,7 @@ class GenerationWatch:
         self._ledger = ledger
         self._seen = [list(pool.generation) for pool in ledger.pools]
         self._idle = [set(range(pool.spec.num_blocks)) for pool in ledger.pools]
+        self._named = [list(pool.hash_of) for pool in ledger.pools]
 
     def check(self) -> None:
         """Compare with the last call."""
@@ -111,8 +112,12 @@ class GenerationWatch:
                 _want(11, new >= old, f"generation of block {block} went from {old} to {new}")
                 used_anew = block in self._idle[group] and block not in free
                 _want(11, new > old or not used_anew, f"block {block} was reused as {old}")
+                named = self._named[group][block]
+                renamed = named is not None and named != pool.hash_of[block]
+                _want(11, new > old or not renamed, f"block {block} changed content as {old}")
             self._seen[group] = list(pool.generation)
             self._idle[group] = free
+            self._named[group] = list(pool.hash_of)
 
 
 # --- batcher --------------------------------------------------------------------------------------
@@ -130,6 +135,9 @@ def _check_sequence(seq: LiveSequence, *, admitted: bool) -> None:
         return
     known = seq.request.prompt_tokens + seq.num_emitted
     _want(0, seq.num_done <= seq.num_computed <= seq.capacity, story)
+    if seq.table is not None:
+        complete = seq.table.num_named * (seq.capacity // max(1, seq.table.num_blocks))
+        _want(11, complete <= seq.num_done, f"blocks are found before they are computed; {story}")
     if seq.state not in OVER:
         _want(0, known <= seq.num_known <= seq.limit, story)
         _want(0, seq.num_outstanding or seq.num_known == known, f"counts a ghost; {story}")
@@ -164,6 +172,8 @@ def law_0_books_agree(batcher: Batcher) -> None:
     _want(0, backlog == queues.backlog_tokens, f"backlog {queues.backlog_tokens}, is {backlog}")
     running = len(queues.running) - len(stale)
     _want(0, running <= batcher.config.max_num_seqs, f"{running} sequences run")
+    for seq in batcher.planned_sequences():
+        _want(0, seq.table is not None, f"a planned step lost its blocks; {seq.story()}")
     outstanding = batcher.num_outstanding
     _want(0, outstanding <= batcher.config.depth + 1, f"{outstanding} plans are outstanding")
 
