@@ -1,0 +1,92 @@
+"""What the configuration says is what each package is told, in its own units."""
+
+import msgspec
+
+from appliance.config import Config, load
+from appliance.devices import plan_devices
+from appliance.startup import Machine, Plan, make_plan
+from appliance.wiring import api_settings, dispatcher_config, node_settings
+
+CONFIGURED = {
+    "server": {"max_body_bytes": "1MiB", "max_stream_buffer_bytes": "2KiB"},
+    "model": {"served_name": "mine", "max_model_len": 512, "dtype": "bfloat16"},
+    "devices": {"threads": 3},
+    "kv": {"block_tokens": 32, "memory": "64MiB", "prefix_cache": False},
+    "batch": {"max_num_seqs": 7, "max_batch_tokens": 99, "depth": 2},
+    "policy": {"settings": {"max_waiting": 5}},
+    "queue": {"max_requests": 11, "max_tokens": 222},
+    "workers": {
+        "heartbeat_ms": 250,
+        "stop_detect_ms": 900,
+        "stall_seconds": 4,
+        "stall_kill_seconds": 8,
+        "respawn_backoff_ms": 50,
+        "respawn_backoff_max_ms": 2000,
+        "quarantine_deaths": 4,
+        "poison_deaths": 5,
+    },
+    "slo.chat": {"ttft_ms": 200, "tpot_ms": 0, "weight": 2},
+    "log": {"format": "json", "level": "debug"},
+    "journal": {"ring_records": 77, "check_laws": True},
+}
+"""Every key that reaches a package below, with a value that is not its default."""
+
+
+def plan(config: Config, spec: str = "cpu:2") -> Plan:
+    devices = plan_devices(spec, cores=2, count_gpus=lambda: 0)
+    return make_plan(config, devices, machine=Machine(cores=2, free_bytes=8 * 1024**3))
+
+
+def test_every_setting_arrives_in_seconds_and_bytes() -> None:
+    given = load(None, CONFIGURED)
+    settings = node_settings(plan(given), ())
+    assert settings.model == "mine"
+    assert settings.dtype == "bfloat16"
+    assert settings.threads == 3
+    assert (settings.block_tokens, settings.batcher.enable_prefix_cache) == (32, False)
+    assert settings.batcher.max_model_len == settings.dispatcher.max_model_len == 512
+    batcher = settings.batcher
+    assert (batcher.max_num_seqs, batcher.max_batch_tokens, batcher.depth) == (7, 99, 2)
+    assert settings.policy_settings == {"max_waiting": 5}
+    assert settings.heartbeat_seconds == 0.25
+    assert (settings.watch.silence_seconds, settings.watch.kill_seconds) == (0.9, 8.0)
+    assert settings.stall_seconds == 4.0
+    assert settings.journal_records == 77
+    assert settings.validate is True
+    assert (settings.log_level, settings.log_json) == ("debug", True)
+
+
+def test_bounds_of_the_scheduler_arrive() -> None:
+    found = dispatcher_config(plan(load(None, CONFIGURED)))
+    assert (found.max_queue, found.max_queue_tokens) == (11, 222)
+    assert (found.respawn_backoff, found.respawn_backoff_max) == (0.05, 2.0)
+    assert (found.quarantine_deaths, found.poison_deaths) == (4, 5)
+
+
+def test_classes_arrive_in_seconds_and_zero_is_no_target() -> None:
+    found = api_settings(load(None, CONFIGURED))
+    assert found.max_body_bytes == 1024**2
+    assert found.max_stream_buffer_bytes == 2048
+    chat, default = found.slo_classes["chat"], found.slo_classes["default"]
+    assert (chat.class_name, chat.ttft, chat.tpot, chat.weight) == ("chat", 0.2, None, 2.0)
+    assert (default.class_name, default.ttft, default.tpot) == ("default", None, None)
+
+
+def test_slabs_are_those_of_the_plan() -> None:
+    for spec in ("cpu:2", "paced:3"):
+        planned = plan(Config(), spec)
+        pool = node_settings(planned, ()).pool
+        assert (pool.weight_bytes, pool.kv_bytes) == (planned.memory.weights, planned.memory.kv)
+        assert (pool.weight_bytes > 0) == (spec == "cpu:2")
+
+
+def test_no_value_here_is_a_default() -> None:
+    given, built_in = (msgspec.to_builtins(c) for c in (load(None, CONFIGURED), Config()))
+    same = [
+        f"{section}.{key}"
+        for section, values in CONFIGURED.items()
+        if section in built_in
+        for key in values
+        if given[section][key] == built_in[section][key]
+    ]
+    assert not same
