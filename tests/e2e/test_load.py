@@ -24,11 +24,12 @@ async def abandon(session: aiohttp.ClientSession, url: str, body: Any, seconds: 
 
 
 async def settle(server: Any, seconds: float = 20) -> Any:
-    """The state once nothing runs and nothing waits."""
+    """The state once nothing runs, nothing waits and nothing cancelled still ends with its step."""
     end = time.monotonic() + seconds
     while True:
         state = server.state()
-        if not any(w["running"] or w["queued"] for w in state["workers"]):
+        busy = [w for w in state["workers"] if w["running"] or w["queued"] or w["blocks"]["held"]]
+        if not busy and state["totals"]["live"] == 0:
             return state
         assert time.monotonic() < end, state
         await asyncio.sleep(0.05)
