@@ -4,6 +4,7 @@ from aiohttp import web
 
 from appliance.api.context import CONTEXT, Context, new_id
 from appliance.api.decode import BodyDecoder, read_body
+from appliance.api.dialect import PlainDialect
 from appliance.api.generate import Job, ignored_header, serve
 from appliance.api.prompts import encode_messages, room_for
 from appliance.api.schemas import ChatBody
@@ -26,7 +27,8 @@ async def handle(request: web.Request) -> web.StreamResponse:
     job = await _job(
         context, body, ignored_header(decoded.ignored), plan_of(body, slo, context.limits)
     )
-    return await serve(context, request, job)
+    dialect = PlainDialect(context, job.plan, name=job.name, chat=True)
+    return await serve(context, request, job=job, dialect=dialect)
 
 
 async def _job(context: Context, body: ChatBody, headers: dict[str, str], plan: Plan) -> Job:
@@ -40,7 +42,6 @@ async def _job(context: Context, body: ChatBody, headers: dict[str, str], plan: 
     room = room_for(len(prompt.ids), plan.max_tokens, context.limits, chat=True)
     return Job(
         name=new_id("chatcmpl"),
-        chat=True,
         prompts=(prompt,),
         max_tokens=(room,),
         plan=plan,

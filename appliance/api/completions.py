@@ -4,6 +4,7 @@ from aiohttp import web
 
 from appliance.api.context import CONTEXT, Context, new_id
 from appliance.api.decode import BodyDecoder, read_body
+from appliance.api.dialect import PlainDialect
 from appliance.api.generate import Job, ignored_header, serve
 from appliance.api.prompts import encode_prompt, prompts_of, room_for
 from appliance.api.schemas import CompletionBody
@@ -23,7 +24,8 @@ async def handle(request: web.Request) -> web.StreamResponse:
     slo = slo_of(body, request.headers, classes=context.settings.slo_classes)
     plan = plan_of(body, slo, context.limits)
     job = await _job(context, body, ignored_header(decoded.ignored), plan)
-    return await serve(context, request, job)
+    dialect = PlainDialect(context, job.plan, name=job.name, chat=False)
+    return await serve(context, request, job=job, dialect=dialect)
 
 
 async def _job(context: Context, body: CompletionBody, headers: dict[str, str], plan: Plan) -> Job:
@@ -42,7 +44,6 @@ async def _job(context: Context, body: CompletionBody, headers: dict[str, str], 
     rooms = [room_for(len(prompt.ids), plan.max_tokens, limits, chat=False) for prompt in encoded]
     return Job(
         name=new_id("cmpl"),
-        chat=False,
         prompts=tuple(encoded),
         max_tokens=tuple(rooms),
         plan=plan,

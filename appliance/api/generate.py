@@ -1,7 +1,8 @@
 """One checked request through the node: submit, stream or collect, cancel when the client goes.
 
-Whatever happens to the handler (the client disconnects, the server ends, a bug), the `finally` of
-this module gives every ticket back, so nothing runs on for nobody.
+How answers are worded is the business of a `Dialect` (one per route); this module does not know
+them apart. Whatever happens to the handler (the client disconnects, the server ends, a bug), the
+`finally` of this module gives every ticket back, so nothing runs on for nobody.
 """
 
 import asyncio
@@ -14,11 +15,12 @@ import msgspec
 from aiohttp import HttpVersion11, web
 
 from appliance.api.context import ARRIVED, REQUEST_ID, Context
+from appliance.api.dialect import Dialect, Outlet
 from appliance.api.errors import error_of
 from appliance.api.observe import Meter
-from appliance.api.render import ChunkTemplate, Identity, LogprobRenderer, Usage
-from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange, SseSink
-from appliance.api.validate import SEED_RANGE, Plan, Streaming
+from appliance.api.render import Usage
+from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
+from appliance.api.validate import SEED_RANGE, Plan
 from appliance.core.types import ErrorKind, Record
 from appliance.live.records import Encoded, Rejected, Sink, Submission, Ticket
 
@@ -29,7 +31,6 @@ class Job(Record, frozen=True, kw_only=True):
     """A request that passed every check. `max_tokens[i]` bounds the answers to `prompts[i]`."""
 
     name: str
-    chat: bool
     prompts: tuple[Encoded, ...]
     max_tokens: tuple[int, ...]
     plan: Plan
@@ -41,25 +42,33 @@ class Job(Record, frozen=True, kw_only=True):
         return len(self.prompts) * self.plan.n
 
 
-async def serve(context: Context, request: web.Request, job: Job) -> web.StreamResponse:
-    """Answer `job`. Raises `ApiError` as long as no byte was sent."""
+async def serve(
+    context: Context, request: web.Request, *, job: Job, dialect: Dialect
+) -> web.StreamResponse:
+    """Answer `job` in the words of `dialect`. Raises `ApiError` as long as no byte was sent."""
     tickets: list[Ticket] = []
     exchange: Exchange | None = None
     try:
         if job.plan.streaming is not None:
-            stream = _open_stream(context, job, job.plan.streaming, tickets)
+            stream = dialect.stream(_outlet(context, job, tickets))
             exchange = stream
-            make = _sse_sinks(context, request, job, stream, job.plan.streaming)
+            make = _stream_sinks(context, request, job=job, dialect=dialect, stream=stream)
             _submit(context, job, make, tickets, arrived=request[ARRIVED])
             return await _stream(request, job, stream)
         exchange = Exchange(job.num_answers, asyncio.get_running_loop())
         collected: list[CollectSink] = []
-        make = _collect_sinks(context, request, job, exchange, collected)
+        make = _collect_sinks(
+            context, request, job=job, dialect=dialect, exchange=exchange, collected=collected
+        )
         _submit(context, job, make, tickets, arrived=request[ARRIVED])
         await exchange.over
         if exchange.error is not None:
             raise exchange.error
-        return _document(context, job, exchange, collected)
+        return web.Response(
+            body=msgspec.json.encode(dialect.document(exchange, collected)),
+            content_type="application/json",
+            headers=job.headers,
+        )
     finally:
         for ticket in tickets:
             if not ticket.done.done():
@@ -94,45 +103,24 @@ def _submit(
             raise error_of(error.kind, error.reason, retry_after=error.retry_after) from error
 
 
-def _identity(context: Context, job: Job) -> Identity:
-    kind = "text_completion"
-    if job.chat:
-        kind = "chat.completion" if job.plan.streaming is None else "chat.completion.chunk"
-    return Identity(
-        id=job.name, object=kind, created=int(time.time()), model=context.node.info.model
-    )
-
-
 def _meter(context: Context, request: web.Request, job: Job) -> Meter:
     latency = context.stats.latency(job.plan.slo)
     return Meter(latency, request[ARRIVED], time.monotonic)
 
 
-def _renderer(context: Context, job: Job) -> LogprobRenderer | None:
-    if job.plan.logprobs is None:
-        return None
-    return LogprobRenderer(context.node.text, chat=job.chat)
-
-
-# --- in one piece ---------------------------------------------------------------------------------
-
-
 def _collect_sinks(
     context: Context,
     request: web.Request,
+    *,
     job: Job,
+    dialect: Dialect,
     exchange: Exchange,
     collected: list[CollectSink],
 ) -> MakeSinks:
     def make(index: int) -> list[BaseSink]:
         exchange.usage.prompt_tokens += len(job.prompts[index].ids)
         sinks = [
-            CollectSink(
-                exchange,
-                meter=_meter(context, request, job),
-                leads=choice == 0,
-                logprobs=_renderer(context, job),
-            )
+            dialect.collect_sink(exchange, meter=_meter(context, request, job), leads=choice == 0)
             for choice in range(job.plan.n)
         ]
         collected.extend(sinks)
@@ -141,72 +129,40 @@ def _collect_sinks(
     return make
 
 
-def _document(
-    context: Context, job: Job, exchange: Exchange, collected: Sequence[CollectSink]
-) -> web.Response:
-    choices = []
-    for index, sink in enumerate(collected):
-        content: dict[str, object] = {"text": sink.text}
-        if job.chat:
-            content = {"message": {"role": "assistant", "content": sink.text, "refusal": None}}
-        tail = {"logprobs": sink.logprobs, "finish_reason": sink.finish_reason}
-        choices.append({"index": index, **content, **tail})
-    identity = msgspec.structs.asdict(_identity(context, job))
-    body = {**identity, "choices": choices, "usage": exchange.usage.document()}
-    return web.Response(
-        body=msgspec.json.encode(body), content_type="application/json", headers=job.headers
-    )
-
-
-# --- as a stream ----------------------------------------------------------------------------------
-
-
-def _open_stream(
-    context: Context, job: Job, streaming: Streaming, tickets: Sequence[Ticket]
-) -> EventStream:
-    def give_up() -> None:
-        for ticket in tickets:
-            context.node.cancel(ticket, ErrorKind.SLOW_READER)
-
-    return EventStream(
-        job.num_answers,
-        asyncio.get_running_loop(),
-        identity=_identity(context, job),
-        include_usage=streaming.include_usage,
-        max_buffer=context.settings.max_stream_buffer_bytes,
-        on_slow=give_up,
-    )
-
-
-def _sse_sinks(
+def _stream_sinks(
     context: Context,
     request: web.Request,
+    *,
     job: Job,
+    dialect: Dialect,
     stream: EventStream,
-    streaming: Streaming,
 ) -> MakeSinks:
-    identity = _identity(context, job)
-
     def make(index: int) -> list[BaseSink]:
         stream.usage.prompt_tokens += len(job.prompts[index].ids)
         return [
-            SseSink(
+            dialect.stream_sink(
                 stream,
+                index=index * job.plan.n + choice,
                 meter=_meter(context, request, job),
                 leads=choice == 0,
-                template=ChunkTemplate(
-                    identity,
-                    index * job.plan.n + choice,
-                    chat=job.chat,
-                    null_usage=streaming.include_usage,
-                ),
-                logprobs=_renderer(context, job),
-                running_usage=streaming.continuous_usage,
             )
             for choice in range(job.plan.n)
         ]
 
     return make
+
+
+def _outlet(context: Context, job: Job, tickets: Sequence[Ticket]) -> Outlet:
+    def give_up() -> None:
+        for ticket in tickets:
+            context.node.cancel(ticket, ErrorKind.SLOW_READER)
+
+    return Outlet(
+        num_answers=job.num_answers,
+        loop=asyncio.get_running_loop(),
+        max_buffer=context.settings.max_stream_buffer_bytes,
+        on_slow=give_up,
+    )
 
 
 async def _stream(request: web.Request, job: Job, stream: EventStream) -> web.StreamResponse:
