@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from appliance.api.errors import ApiError, shown
-from appliance.api.schemas import REFUSED, fields_of
+from appliance.api.schemas import REFUSED, Refused, fields_of
 
 B = TypeVar("B", bound=msgspec.Struct)
 
@@ -69,12 +69,14 @@ def too_large(max_bytes: int) -> ApiError:
 class BodyDecoder(Generic[B]):
     """Decodes the bodies of one route."""
 
-    def __init__(self, schema: type[B]) -> None:
+    def __init__(self, schema: type[B], *, refused: Refused = REFUSED) -> None:
+        """`refused`: known fields that are not served, with what makes them harmless."""
         self._decoder: msgspec.json.Decoder[B] = msgspec.json.Decoder(schema)
         self._fields: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(
             dict[str, msgspec.Raw]
         )
         self._known = fields_of(schema)
+        self._refused = refused
 
     def decode(self, data: bytes) -> Decoded[B]:
         """Raises `ApiError` 400 naming the field for anything that is not a well-formed body, and
@@ -88,7 +90,7 @@ class BodyDecoder(Generic[B]):
         try:
             fields = self._fields.decode(data)
             check_duplicates(data, fields)
-            refuse_unsupported(fields, known=self._known)
+            refuse_unsupported(fields, known=self._known, refused=self._refused)
             body = self._decoder.decode(data)
         except msgspec.ValidationError as error:
             _raise_invalid(str(error))
@@ -104,7 +106,7 @@ class BodyDecoder(Generic[B]):
             raise _malformed(
                 f"The body is not valid JSON: {shown(str(error), limit=160)}"
             ) from error
-        return Decoded(body, _ignored(fields, self._known))
+        return Decoded(body, _ignored(fields, self._known | self._refused.keys()))
 
 
 def check_duplicates(data: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
@@ -126,13 +128,15 @@ def check_duplicates(data: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
             json.loads(value, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
 
 
-def refuse_unsupported(fields: Mapping[str, msgspec.Raw], *, known: frozenset[str]) -> None:
+def refuse_unsupported(
+    fields: Mapping[str, msgspec.Raw], *, known: frozenset[str], refused: Refused
+) -> None:
     """Raise `ApiError` for the first field that would change the answer and is not built."""
     for name, raw in fields.items():
-        if name in known or name not in REFUSED:
+        if name in known or name not in refused:
             continue
         value = msgspec.json.decode(raw)
-        if value is not None and not REFUSED[name](value):
+        if value is not None and not refused[name](value):
             raise ApiError(
                 f"'{name}' is not supported with the value {shown(value)}; leave it out.",
                 code="unsupported_parameter",
@@ -156,7 +160,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _ignored(fields: Mapping[str, msgspec.Raw], known: frozenset[str]) -> tuple[str, ...]:
-    names = [name for name in fields if name not in known and name not in REFUSED]
+    names = [name for name in fields if name not in known]
     plain = [name if _PLAIN_NAME.fullmatch(name) else "?" for name in names[:MAX_NAMED]]
     return tuple(plain)
 

@@ -7,7 +7,7 @@ unknown.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -148,7 +148,10 @@ def _text_format(value: Any) -> bool:
     return isinstance(value, dict) and value.get("type") == "text"
 
 
-REFUSED: Mapping[str, Callable[[Any], bool]] = {
+Refused: TypeAlias = "Mapping[str, Callable[[Any], bool]]"
+"""Field -> does this value leave the answer as it is? `null` always does."""
+
+REFUSED: Refused = {
     "presence_penalty": _number(0),
     "frequency_penalty": _number(0),
     "repetition_penalty": _number(1),
@@ -193,4 +196,4 @@ REFUSED: Mapping[str, Callable[[Any], bool]] = {
     "return_tokens_as_token_ids": _empty,
     "return_token_ids": _empty,
 }
-"""Field -> does this value leave the answer as it is? `null` always does."""
+"""Of chat and plain completions."""
