@@ -36,6 +36,9 @@ BOOT = (
 )
 MESSAGE_BYTES = 4096
 _PR_SET_PDEATHSIG = 1
+_NOT_FORKED = 1 << 8
+"""Wait status of a worker that could not be forked: exit code 1."""
+_FORK_FIX = "use fewer devices (--devices), or give this user more memory or processes"
 
 
 class Spawn(Record, frozen=True, kw_only=True, tag=True):
@@ -59,7 +62,7 @@ class Spawned(Record, frozen=True, kw_only=True, tag=True):
 
 
 class Exited(Record, frozen=True, kw_only=True, tag=True):
-    """The worker of this key has ended; `status` as of `os.waitpid`."""
+    """The worker of this key has ended, or could not be forked; `status` as of `os.waitpid`."""
 
     key: int
     status: int
@@ -142,7 +145,14 @@ class _Server:
             return False
         request = self._decoder.decode(data)
         worker_fd, stderr_fd = descriptors
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # this worker cannot be had now; the others live on
+            os.write(stderr_fd, f"cannot fork: {error.strerror}; {_FORK_FIX}\n".encode())
+            for fd in descriptors:
+                os.close(fd)
+            self._say(Exited(key=request.key, status=_NOT_FORKED))
+            return True
         if pid == 0:
             signal.set_wakeup_fd(-1)
             for fd in (*wakeup_fds, self._channel.detach()):

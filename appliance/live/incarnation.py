@@ -93,11 +93,17 @@ class Incarnation(asyncio.Protocol):
     # --- birth ---------------------------------------------------------------------------------
 
     def launch(self, spawner: Spawner, *, entry: str, fds: Sequence[int]) -> None:
-        """Fork the process and tell it what it is. `fds` (its slabs) stay the caller's."""
+        """Fork the process and tell it what it is. `fds` (its slabs) stay the caller's.
+
+        Raises `OSError`; then nothing was started and nothing is left open."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        stderr_read, stderr_write = os.pipe2(os.O_CLOEXEC)
+        try:
+            stderr_read, stderr_write = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         os.set_blocking(stderr_read, False)
-        self._stderr_fd = stderr_read
         record = msgspec.msgpack.encode(self.start)
         try:
             socket.send_fds(ours, [_LENGTH.pack(len(record)) + record], list(fds))
@@ -106,9 +112,14 @@ class Incarnation(asyncio.Protocol):
                 SpawnRequest(entry=entry, name=name, channel=theirs.fileno(), stderr=stderr_write),
                 self,
             )
+        except OSError:
+            ours.close()
+            os.close(stderr_read)
+            raise
         finally:
             theirs.close()
             os.close(stderr_write)
+        self._stderr_fd = stderr_read
         self._loop.add_reader(stderr_read, self._read_stderr)
         ours.setblocking(False)
         self._connecting = self._loop.create_task(self._connect(ours))

@@ -15,6 +15,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, assert_never
 
 import msgspec
@@ -296,7 +297,8 @@ class Node:
     def stderr(self, worker: WorkerId, line: str) -> None:
         """A worker wrote a line to its standard error."""
         del worker  # the line says so itself
-        self._stderr(line)
+        with suppress(OSError, ValueError):  # whoever read our stderr has gone: serve on
+            self._stderr(line)
 
     # --- what the Dispatcher says (Hands) ------------------------------------------------------
 
@@ -378,7 +380,10 @@ class Node:
                 if self.stats.observe_step is not None:
                     self.stats.observe_step(message.worker, message.elapsed, len(message.ids))
             case Heartbeat():
-                self.stats.workers[message.worker].beat(message)
+                stats = self.stats.workers[message.worker]
+                stats.beat(message)
+                if self.dispatcher.view.workers[message.worker].assigned == 0:
+                    stats.moved_at = now  # nothing to do is progress
             case Preempted():
                 self.stats.workers[message.worker].preemptions += 1
             case WeightsLoaded():
@@ -412,6 +417,8 @@ class Node:
         self._submitting, self._reject = request.id, None
         self._pump.post("api", Arrived(request=request))
         self._submitting = None
+        if self.broken:  # by a request of this submission: those after it are not heard any more
+            self._streams.end_all(ErrorKind.INTERNAL, self.broken)
         return self._reject
 
     def _take_back(self, ids: Sequence[RequestId]) -> None:

@@ -43,7 +43,7 @@ class SpawnRequest(Record, frozen=True, kw_only=True):
 
 class ProcessEvents(Protocol):
     """What the owner of a spawned process hears. Every process is first spawned, then exits
-    once."""
+    once; one that could not be forked only exits."""
 
     def spawned(self, pid: int) -> None:
         """The process exists."""
@@ -139,7 +139,7 @@ class Spawner:
                 self._pids[key] = pid
                 self._events[key].spawned(pid)
             case Exited(key=key, status=status):
-                del self._pids[key]
+                self._pids.pop(key, None)  # none if it could not be forked
                 self._events.pop(key).exited(status)
 
     def _lost(self) -> None:

@@ -23,7 +23,7 @@ from appliance.core.start import WorkerStart
 from appliance.core.types import Record, WorkerId
 from appliance.core.wire import command_codec, report_codec
 from appliance.live.incarnation import Codecs, Death, Incarnation
-from appliance.live.slabs import Slab
+from appliance.live.slabs import Slab, SlabError
 from appliance.live.spawner import Spawner
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,10 @@ class Workers:
         self._schedule_watch()
 
     def start(self, worker: WorkerId, epoch: int) -> None:
-        """Start this incarnation: at once, or when the weights are in place."""
+        """Start this incarnation: at once, or when the weights are in place.
+
+        Raises `SlabError` or `OSError` when it cannot be started now; a held start that fails is a
+        death."""
         if self._closing:
             return
         if not self._weights_complete and self._loader is not None:
@@ -168,6 +171,7 @@ class Workers:
     def _launch(self, worker: WorkerId, epoch: int) -> None:
         load = not self._weights_complete
         start = self._make_start(worker, epoch, load_weights=load)
+        slabs = (self._weight_slab(), self._kv_slab(worker))
         life = Incarnation(
             start,
             codecs=self._codecs,
@@ -176,11 +180,11 @@ class Workers:
             on_stderr=lambda life, line: self._events.stderr(life.start.worker, line),
             on_death=self._died,
         )
-        self._living[worker] = life
+        fds = [slab.fd for slab in slabs if slab is not None]
+        life.launch(self._spawner, entry=self._plan.entry, fds=fds)
+        self._living[worker] = life  # only now: a launch that failed leaves nothing behind
         if load:
             self._loader = life
-        fds = [slab.fd for slab in (self._weight_slab(), self._kv_slab(worker)) if slab is not None]
-        life.launch(self._spawner, entry=self._plan.entry, fds=fds)
 
     def _weight_slab(self) -> Slab | None:
         if self._plan.weight_bytes and self._weights is None:
@@ -203,7 +207,10 @@ class Workers:
     def _start_held(self) -> None:
         held, self._held = self._held, []
         for worker, epoch in held:
-            self.start(worker, epoch)
+            try:
+                self.start(worker, epoch)
+            except (SlabError, OSError) as error:
+                self._events.down(worker, epoch, str(error))
 
     def _died(self, life: Incarnation, death: Death) -> None:
         worker, epoch = life.start.worker, life.start.epoch

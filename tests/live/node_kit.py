@@ -134,6 +134,7 @@ async def running(
     journal_file: JournalFile | None = None,
     spawner: Spawner | None = None,
     policy: Policy | None = None,
+    stderr: Callable[[str], object] | None = None,
 ) -> AsyncIterator[Node]:
     """A started node with `ready` workers up (default: all), closed at the end."""
     lines: list[str] = []
@@ -142,7 +143,7 @@ async def running(
         make_text(settings),
         policy=policy or make_policy(settings.policy, settings.policy_settings),
         spawner=spawner or Spawner(PRELOAD[settings.engine]),
-        stderr=lines.append,
+        stderr=stderr or lines.append,
         journal_file=journal_file,
     )
     node.start()
