@@ -41,14 +41,16 @@ async def handle_state(request: web.Request) -> web.Response:
 
 
 async def handle_request(request: web.Request) -> web.Response:
-    """The story of one request."""
+    """The story of one request, by its `x-request-id` or the id of its answer."""
     check_peer(request)
     name = request.match_info["name"]
-    story = request.app[CONTEXT].node.story(name)
-    if story is None:
+    context = request.app[CONTEXT]
+    stories = [context.node.story(each) for each in context.names.of(name)]
+    answers = [answer for story in stories if story is not None for answer in story["answers"]]
+    if not answers:
         raise ApiError(
             f"No request {shown(name)} is known; stories are kept for recent requests only.",
             status=404,
             code="request_not_found",
         )
-    return json_answer(story)
+    return json_answer({"name": name, "answers": answers})

@@ -39,7 +39,13 @@ async def _job(context: Context, body: ChatBody, headers: dict[str, str], plan: 
         template_kwargs=body.chat_template_kwargs,
         salt=plan.salt,
     )
-    room = room_for(len(prompt.ids), plan.max_tokens, context.limits, chat=True)
+    room = room_for(
+        len(prompt.ids),
+        plan.max_tokens,
+        context.limits,
+        chat=True,
+        least=plan.sampling.min_tokens,
+    )
     return Job(
         name=new_id("chatcmpl"),
         prompts=(prompt,),

@@ -41,7 +41,11 @@ async def _job(context: Context, body: CompletionBody, headers: dict[str, str], 
         )
         for prompt in prompts
     ]
-    rooms = [room_for(len(prompt.ids), plan.max_tokens, limits, chat=False) for prompt in encoded]
+    least = plan.sampling.min_tokens
+    rooms = [
+        room_for(len(prompt.ids), plan.max_tokens, limits, chat=False, least=least)
+        for prompt in encoded
+    ]
     return Job(
         name=new_id("cmpl"),
         prompts=tuple(encoded),

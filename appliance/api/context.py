@@ -3,7 +3,9 @@
 import re
 import secrets
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -12,7 +14,29 @@ from appliance.api.settings import ApiSettings
 from appliance.api.validate import Limits
 from appliance.live.node import Node
 
+MAX_NAMES = 32_768
+"""Ids whose story can still be asked for."""
 _SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+
+
+class Names:
+    """What the node calls a request that clients know by `x-request-id` or by the answer's id."""
+
+    def __init__(self, limit: int = MAX_NAMES) -> None:
+        self._limit = limit
+        self._names: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+
+    def note(self, request_id: str, names: Sequence[str]) -> None:
+        """Remember the node's name of each prompt; the first is the answer's id."""
+        for key in (request_id, names[0]):
+            self._names[key] = tuple(names)
+            self._names.move_to_end(key)
+        while len(self._names) > self._limit:
+            self._names.popitem(last=False)
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """The node's names behind this one; itself when nothing is known."""
+        return self._names.get(name, (name,))
 
 
 @dataclass(frozen=True)
@@ -22,6 +46,7 @@ class Context:
     node: Node
     settings: ApiSettings
     stats: ApiStats
+    names: Names = field(default_factory=Names)
 
     @property
     def limits(self) -> Limits:

@@ -13,6 +13,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.web_protocol import RequestPayloadError
 
 from appliance.api.errors import ApiError, shown
 from appliance.api.schemas import REFUSED, Refused, fields_of
@@ -54,6 +55,10 @@ async def read_body(request: web.Request, *, max_bytes: int) -> bytes:
         return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise too_large(max_bytes) from error
+    except RequestPayloadError as error:
+        raise _malformed(
+            "The body cannot be read; its transfer or content encoding is broken."
+        ) from error
 
 
 def too_large(max_bytes: int) -> ApiError:

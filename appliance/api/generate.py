@@ -53,14 +53,14 @@ async def serve(
             stream = dialect.stream(_outlet(context, job, tickets))
             exchange = stream
             make = _stream_sinks(context, request, job=job, dialect=dialect, stream=stream)
-            _submit(context, job, make, tickets, arrived=request[ARRIVED])
+            _submit(context, request, job, make, tickets)
             return await _stream(request, job, stream)
         exchange = Exchange(job.num_answers, asyncio.get_running_loop())
         collected: list[CollectSink] = []
         make = _collect_sinks(
             context, request, job=job, dialect=dialect, exchange=exchange, collected=collected
         )
-        _submit(context, job, make, tickets, arrived=request[ARRIVED])
+        _submit(context, request, job, make, tickets)
         await exchange.over
         if exchange.error is not None:
             raise exchange.error
@@ -80,19 +80,25 @@ MakeSinks = Callable[[int], list[BaseSink]]
 
 
 def _submit(
-    context: Context, job: Job, make: MakeSinks, tickets: list[Ticket], *, arrived: float
+    context: Context,
+    request: web.Request,
+    job: Job,
+    make: MakeSinks,
+    tickets: list[Ticket],
 ) -> None:
     """Hand all prompts over; the caller cancels what was accepted when a later one is refused."""
     plan = job.plan
-    seed = secrets.randbelow(SEED_RANGE) if plan.seed is None else plan.seed
+    names = [job.name, *(f"{job.name}-{index}" for index in range(1, len(job.prompts)))]
+    context.names.note(request[REQUEST_ID], names)
     for index, prompt in enumerate(job.prompts):
+        seed = secrets.randbelow(SEED_RANGE) if plan.seed is None else plan.seed
         spec = Submission(
-            name=job.name if len(job.prompts) == 1 else f"{job.name}-{index}",
+            name=names[index],
             prompt=prompt,
             sampling=msgspec.structs.replace(plan.sampling, seed=seed),
             max_tokens=job.max_tokens[index],
             slo=plan.slo,
-            arrived=arrived,
+            arrived=request[ARRIVED],
             salt=plan.salt,
             priority=plan.priority,
         )
@@ -175,6 +181,8 @@ async def _stream(request: web.Request, job: Job, stream: EventStream) -> web.St
         "X-Accel-Buffering": "no",
     }
     response = web.StreamResponse(headers=headers)
+    if request.version < HttpVersion11:
+        response.force_close()  # without chunks only the end of the connection ends the body
     await response.prepare(request)  # sends the headers
     transport = request.transport
     if transport is None:

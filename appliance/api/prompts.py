@@ -17,25 +17,29 @@ ROLES = frozenset({"system", "developer", "user", "assistant"})
 Prompt: TypeAlias = "str | array[int]"
 
 
-def room_for(prompt_tokens: int, requested: int | None, limits: Limits, *, chat: bool) -> int:
-    """How many tokens the answer may have. Raises `ApiError` (`context_length_exceeded`) when the
-    prompt leaves no room, or less than was asked for."""
+def room_for(
+    prompt_tokens: int, requested: int | None, limits: Limits, *, chat: bool, least: int = 0
+) -> int:
+    """How many tokens the answer may have; without a request at least the `least` it must have.
+    Raises `ApiError` (`context_length_exceeded`) when the prompt leaves no room, or less than was
+    asked for."""
     if prompt_tokens == 0:
         raise invalid("messages" if chat else "prompt", "has no tokens; give at least one.")
     rest = limits.max_model_len - prompt_tokens
     if rest < 1:
         raise too_long(limits, f"your prompt has {prompt_tokens} tokens", chat=chat)
-    if requested is not None and requested > rest:
+    wanted = least if requested is None else requested
+    if wanted > rest:
         raise too_long(
             limits,
-            f"you asked for {prompt_tokens + requested} tokens "
-            f"({prompt_tokens} in the prompt, {requested} for the answer)",
+            f"you asked for {prompt_tokens + wanted} tokens "
+            f"({prompt_tokens} in the prompt, {wanted} for the answer)",
             chat=chat,
-            param="max_tokens",
+            param="min_tokens" if requested is None else "max_tokens",
         )
     if requested is not None:
         return requested
-    return rest if chat else min(rest, DEFAULT_COMPLETION_TOKENS)
+    return rest if chat else min(rest, max(least, DEFAULT_COMPLETION_TOKENS))
 
 
 def too_long(limits: Limits, found: str, *, chat: bool, param: str | None = None) -> ApiError:

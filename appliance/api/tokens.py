@@ -58,4 +58,5 @@ async def handle_detokenize(request: web.Request) -> web.Response:
     body = request.app[DETOKENIZE].decode(raw).body
     check_model(body.model, context.node.info.model)
     check_ids(body.tokens, "tokens", context.node.info.vocab_size)
-    return json_answer({"prompt": context.node.text.decode(body.tokens, skip_special_tokens=False)})
+    text = await context.node.text.decode(body.tokens, skip_special_tokens=False)
+    return json_answer({"prompt": text})

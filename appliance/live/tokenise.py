@@ -131,9 +131,16 @@ class TextService:
             )
         return Encoded(ids=ids, hashes=hashes, salt=salt)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of these ids."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+        def work() -> str:  # the batch call releases the interpreter lock, the single one does not
+            (text,) = self._tokenizer.decode_batch(
+                [list(ids)], skip_special_tokens=skip_special_tokens
+            )
+            return str(text)
+
+        return await self._run(work)
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """What one token adds to a text: as a string (incomplete characters as U+FFFD) and as

@@ -35,12 +35,12 @@ def text() -> Iterator[TextService]:
 async def test_encode_gives_the_ids_of_the_tokenizer(text: TextService) -> None:
     encoded = await text.encode("spell cat", add_special_tokens=True)
     assert list(encoded.ids) == TOKENIZER.encode("spell cat").ids
-    assert text.decode(encoded.ids) == "spell cat"
+    assert await text.decode(encoded.ids) == "spell cat"
 
 
 async def test_a_chat_is_rendered_and_no_special_token_is_added_twice(text: TextService) -> None:
     encoded = await text.encode_chat([{"role": "user", "content": "hi"}])
-    assert text.decode(encoded.ids, skip_special_tokens=False) == (
+    assert await text.decode(encoded.ids, skip_special_tokens=False) == (
         "<|bos|><|user|>hi<|end|><|assistant|>"
     )
 
