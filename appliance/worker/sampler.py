@@ -23,6 +23,10 @@ from appliance.worker.philox import uniforms
 MASKED = float("-inf")
 VECTOR = 32
 """Values that torch's widest vector kernel takes at a time; a multiple of it has no scalar tail."""
+LEAST_TEMPERATURE = 1e-6
+"""Lower ones are taken as this: a logit 0.0001 below the best has no chance either way, and in
+float32
+the quotients stay numbers."""
 LOOKS = (64, 1024, 1 << 31)
 """How many of the largest values top_p looks at: first, then if that was too few, at last all."""
 
@@ -92,7 +96,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     # Whole vectors per row: torch computes the tail of an odd length by another routine.
     width = -(-logits.shape[1] // VECTOR) * VECTOR
     scaled = logits.new_full((len(rows), width), MASKED)
-    temperature = torch.tensor([[s.temperature] for s in samplings])
+    temperature = torch.tensor([[max(s.temperature, LEAST_TEMPERATURE)] for s in samplings])
     below_best = logits - logits.amax(-1, keepdim=True)
     scaled[:, : logits.shape[1]] = below_best.div_(temperature).mul_(math.log2(math.e))
     if any(s.min_p > 0 for s in samplings):

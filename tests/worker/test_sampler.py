@@ -72,6 +72,28 @@ def test_draws_follow_the_filtered_distribution(
             )
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-45, 1e-40, 1e-30, 1e-7])
+def test_a_tiny_temperature_is_as_good_as_zero(temperature: float) -> None:
+    logits = random_logits(20)
+    for more in ({}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 1.0}):
+        sampling = Sampling(temperature=temperature, seed=1, **more)  # type: ignore[arg-type]
+        drawn = sample(logits, [SampleRow(sampling, p, 0) for p in range(20)])
+        assert [d.token for d in drawn] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-17, 1 - 2**-53])
+@pytest.mark.parametrize("min_p", [0.0, 5e-324, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, VOCAB - 1, VOCAB, 1 << 62])
+def test_extreme_filters_draw_a_token_of_the_vocabulary(
+    top_p: float, min_p: float, top_k: int
+) -> None:
+    logits = random_logits(20, scale=60.0)
+    for temperature in (5e-324, 1.0, 2.0):
+        sampling = Sampling(temperature=temperature, top_p=top_p, min_p=min_p, top_k=top_k, seed=5)
+        for drawn in sample(logits, [SampleRow(sampling, p, 0) for p in range(20)]):
+            assert 0 <= drawn.token < VOCAB
+
+
 def test_equal_logits_are_kept_or_dropped_together() -> None:
     shares = frequencies([0.4, 0.2, 0.2, 0.2], {"top_k": 2})
     assert all(share > 0.1 for share in shares)
