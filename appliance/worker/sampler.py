@@ -25,8 +25,7 @@ VECTOR = 32
 """Values that torch's widest vector kernel takes at a time; a multiple of it has no scalar tail."""
 LEAST_TEMPERATURE = 1e-6
 """Lower ones are taken as this: a logit 0.0001 below the best has no chance either way, and in
-float32
-the quotients stay numbers."""
+float32 the quotients stay numbers."""
 LOOKS = (64, 1024, 1 << 31)
 """How many of the largest values top_p looks at: first, then if that was too few, at last all."""
 
