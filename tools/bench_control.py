@@ -2,10 +2,10 @@
 
     python -m tools.bench_control rate [--devices paced:2] [--streams 64] [--seconds 15]
 
-`rate`: do the workers keep their profile's rate behind the whole server, while clients stream? Steps
-and computed tokens are the server's own counters; with every sequence alive and no prefix shared,
-the computed tokens of a worker are the tokens whose KV it reads, so what the profile says for
-exactly these steps is a sum without an estimate.
+`rate`: do the workers keep their profile's rate behind the whole server, while clients stream?
+Steps and computed tokens are the server's own counters; with every sequence alive and no prefix
+shared, the computed tokens of a worker are the tokens whose KV it reads, so what the profile says
+for exactly these steps is a sum without an estimate.
 """
 
 import argparse

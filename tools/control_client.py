@@ -5,12 +5,12 @@ JSON line in (`Spec`), one out when every stream has had its first chunk, one in
 with the figures. Sockets are read raw; nothing is parsed while streams run.
 
 Streams with an index below `sampled` are read the moment the kernel has something and kept whole.
-The others are read every `sweep_seconds` and only counted: they load the server exactly as much, and
-the client hardly.
+The others are read every `sweep_seconds` and only counted: they load the server as much, and the
+client hardly.
 
-Times of tokens. An answer of the paced engine is known in advance, so the text that has arrived says
-exactly which tokens have, however they were joined into chunks. The lateness of a token is the time
-of its arrival beyond the worker's own schedule, which is the sum of the profile's step times; the
+Times of tokens. An answer of the paced engine is known in advance, so the text that has arrived
+says exactly which tokens have, however they were joined into chunks. The lateness of a token is the
+time of its arrival beyond the worker's own schedule, the sum of the profile's step times; the
 schedule is laid so that the earliest token of the stream in `anchor_seconds` is on time. The added
 inter-token latency is the gap to the token before, beyond the step time.
 """
@@ -210,11 +210,12 @@ def arrivals_of(
     raw = b"".join(stream.pieces)
     ends: list[int] = []
     at = 0
-    for piece in stream.pieces:
-        at += len(piece)
+    for data in stream.pieces:
+        at += len(data)
         ends.append(at)
     detokenise = tokens.stream(skip_special=True)
-    place, pending, arrivals, num_chunks = 0, "", [], 0
+    arrivals: list[float] = []
+    place, pending, num_chunks = 0, "", 0
     for match in _EVENT.finditer(raw):
         text = json.loads(match[1])["choices"][0]["text"]
         when = stream.times[bisect_left(ends, match.end())]

@@ -106,7 +106,7 @@ class Server:
         raise SystemExit(f"the server was not ready within {START_SECONDS:g} s")
 
     def cpu(self) -> dict[str, float]:
-        """CPU seconds so far of the server process ("server") and of each worker ("0", "1", ...)."""
+        """CPU seconds so far of the server process ("server") and each worker ("0", "1", ...)."""
         return {"server": cpu_seconds(self.process.pid)} | {
             str(worker): cpu_seconds(pid) for worker, pid in self.workers.items()
         }
