@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -59,6 +59,19 @@ class ChatTemplates:
         except TemplateSyntaxError as error:
             raise TemplateFailed(f"the chat template does not parse: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self._sources = dict(sources)
+        self._variables = {
+            name: frozenset(meta.find_undeclared_variables(environment.parse(text)))
+            for name, text in sources.items()
+        }
+
+    def source(self, *, tools: bool) -> str:
+        """The template that is used with tools, or without; empty when there is none."""
+        return self._sources.get(self._name(tools=tools), "")
+
+    def variables(self, *, tools: bool) -> frozenset[str]:
+        """Names that this template looks up and does not set itself."""
+        return self._variables.get(self._name(tools=tools), frozenset())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,8 +87,7 @@ class ChatTemplates:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text. Raises `TemplateMissing` or `TemplateFailed`."""
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        template = self._templates.get(name)
+        template = self._templates.get(self._name(tools=bool(tools)))
         if template is None:
             raise TemplateMissing(
                 "this model has no chat template; use /v1/completions, or add chat_template.jinja "
@@ -95,6 +107,9 @@ class ChatTemplates:
             raise TemplateFailed(f"the chat template refuses these messages: {error}") from error
         except (ArithmeticError, LookupError, RecursionError, OverflowError) as error:
             raise TemplateFailed(f"the chat template fails on these messages: {error}") from error
+
+    def _name(self, *, tools: bool) -> str:
+        return "tool_use" if tools and "tool_use" in self._templates else "default"
 
 
 def load_templates(directory: Path) -> ChatTemplates:

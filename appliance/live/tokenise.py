@@ -69,6 +69,12 @@ class TextService:
         """The chat templates (possibly none)."""
         return self._templates
 
+    def is_special(self, text: str) -> bool:
+        """Whether this text is one token of markup, which answers are freed from."""
+        token = self._tokenizer.token_to_id(text)
+        added = None if token is None else self._tokenizer.get_added_tokens_decoder().get(token)
+        return added is not None and bool(added.special)
+
     @property
     def hash_key(self) -> bytes:
         """The key that names blocks."""

@@ -110,3 +110,16 @@ def test_templates_are_found_in_every_place_where_checkpoints_keep_them(tmp_path
     config.unlink()
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "D"}))
     assert load_templates(tmp_path).render(USER) == "three D"
+
+
+def test_templates_say_what_they_are_made_of():
+    templates = ChatTemplates(
+        {"default": "{% set a = 1 %}{{ messages }}{{ a }}", "tool_use": "{{ tools }}"}, {}
+    )
+    assert templates.source(tools=True) == "{{ tools }}"
+    assert templates.variables(tools=False) == {"messages"}
+    assert templates.variables(tools=True) == {"tools"}
+    alone = ChatTemplates({"default": "x"}, {})
+    assert alone.source(tools=True) == alone.source(tools=False) == "x"
+    assert ChatTemplates({}, {}).source(tools=True) == ""
+    assert ChatTemplates({}, {}).variables(tools=True) == frozenset()

@@ -194,3 +194,9 @@ def test_the_bound_allows_for_normalisation() -> None:
     composed = longest_token_bytes({**DOCUMENT, "normalizer": {"type": "NFC"}})
     assert plain is not None
     assert composed == 3 * plain
+
+
+async def test_markup_is_known_as_markup(text: TextService) -> None:
+    assert text.is_special("<|end|>")
+    assert not text.is_special("a")
+    assert not text.is_special("<tool_call>")
