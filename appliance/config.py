@@ -57,6 +57,8 @@ class ModelSection(Section, frozen=True, kw_only=True):
     served_name: str = "auto"
     max_model_len: Positive | Auto = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    tool_format: Literal["auto", "none", "hermes", "llama3_json"] = "auto"
+    reasoning: Literal["auto", "none", "think"] = "auto"
 
 
 class DevicesSection(Section, frozen=True, kw_only=True):

@@ -113,6 +113,8 @@ def api_settings(config: Config) -> ApiSettings:
     return ApiSettings(
         max_body_bytes=config.server.max_body_bytes,
         max_stream_buffer_bytes=config.server.max_stream_buffer_bytes,
+        tool_format=config.model.tool_format,
+        reasoning=config.model.reasoning,
         slo_classes={name: slo_class(name, section) for name, section in config.slo.items()},
     )
 

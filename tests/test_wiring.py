@@ -9,7 +9,13 @@ from appliance.wiring import api_settings, dispatcher_config, node_settings
 
 CONFIGURED = {
     "server": {"max_body_bytes": "1MiB", "max_stream_buffer_bytes": "2KiB"},
-    "model": {"served_name": "mine", "max_model_len": 512, "dtype": "bfloat16"},
+    "model": {
+        "served_name": "mine",
+        "max_model_len": 512,
+        "dtype": "bfloat16",
+        "tool_format": "hermes",
+        "reasoning": "none",
+    },
     "devices": {"threads": 3},
     "kv": {"block_tokens": 32, "memory": "64MiB", "prefix_cache": False},
     "batch": {"max_num_seqs": 7, "max_batch_tokens": 99, "depth": 2},
@@ -67,6 +73,7 @@ def test_classes_arrive_in_seconds_and_zero_is_no_target() -> None:
     found = api_settings(load(None, CONFIGURED))
     assert found.max_body_bytes == 1024**2
     assert found.max_stream_buffer_bytes == 2048
+    assert (found.tool_format, found.reasoning) == ("hermes", "none")
     chat, default = found.slo_classes["chat"], found.slo_classes["default"]
     assert (chat.class_name, chat.ttft, chat.tpot, chat.weight) == ("chat", 0.2, None, 2.0)
     assert (default.class_name, default.ttft, default.tpot) == ("default", None, None)

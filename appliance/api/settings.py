@@ -14,6 +14,12 @@ class ApiSettings(Record, frozen=True, kw_only=True):
     """Bytes that may wait for one slow reader before its answer is given up."""
     max_sequences: int = 128
     """Largest number of answers to one HTTP request: prompts times `n`."""
+    tool_format: str = "auto"
+    """In which form the model writes tool calls: a name of `tool_parsers.FORMATS`, "auto" (what the
+    chat template teaches) or "none"."""
+    reasoning: str = "auto"
+    """Whether answers begin with thoughts between tags: "think", "none" or "auto" (where the chat
+    template says so)."""
     slo_classes: Mapping[str, Slo] = {}
     """Latency targets by class name; "default" is used when a request names none."""
     loop_lag_interval: float = 0.1
