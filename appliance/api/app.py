@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from aiohttp import web
 
 from appliance.api import admin, chat, completions, health, metrics, models, tokens
-from appliance.api.context import CONTEXT, REQUEST_ID, Context, stamp
+from appliance.api.context import CONTEXT, REQUEST_ID, Context, Names, stamp
 from appliance.api.decode import BodyDecoder, too_large
-from appliance.api.errors import ApiError, shown
+from appliance.api.errors import STATUS, ApiError, shown
 from appliance.api.metrics import Metrics
 from appliance.api.observe import ApiStats
 from appliance.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from appliance.api.settings import ApiSettings
+from appliance.core.types import ErrorKind
 from appliance.live.node import Node
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def build_app(node: Node, settings: ApiSettings) -> web.Application:
     """The HTTP surface of `node`. Serve it with `make_runner`."""
     app = web.Application(middlewares=[errors_as_json], client_max_size=settings.max_body_bytes)
-    context = Context(node=node, settings=settings, stats=ApiStats())
+    names = Names(node.settings.journal_records)  # a name outlives no story in the journal
+    context = Context(node=node, settings=settings, stats=ApiStats(), names=names)
     app[CONTEXT] = context
     app[chat.DECODER] = BodyDecoder(ChatBody)
     app[completions.DECODER] = BodyDecoder(CompletionBody)
@@ -67,8 +69,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         response = error.response()
     except web.HTTPException as error:
         response = _routing_error(request, error).response()
-    except ConnectionError:
-        raise  # the client has gone: nobody to answer
+    except ConnectionError:  # the client has gone in mid-answer: counted, and said to nobody
+        response = web.Response(status=STATUS[ErrorKind.CANCELLED])
     except Exception:
         logger.exception(
             "%s %s failed", request.method, request.path, extra={"request_id": request[REQUEST_ID]}

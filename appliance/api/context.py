@@ -5,7 +5,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -14,15 +14,14 @@ from appliance.api.settings import ApiSettings
 from appliance.api.validate import Limits
 from appliance.live.node import Node
 
-MAX_NAMES = 32_768
-"""Ids whose story can still be asked for."""
 _SANE_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 
 class Names:
     """What the node calls a request that clients know by `x-request-id` or by the answer's id."""
 
-    def __init__(self, limit: int = MAX_NAMES) -> None:
+    def __init__(self, limit: int) -> None:
+        """`limit`: ids whose story can still be asked for; a request has two."""
         self._limit = limit
         self._names: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
@@ -46,7 +45,7 @@ class Context:
     node: Node
     settings: ApiSettings
     stats: ApiStats
-    names: Names = field(default_factory=Names)
+    names: Names
 
     @property
     def limits(self) -> Limits:

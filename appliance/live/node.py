@@ -73,8 +73,6 @@ from appliance.live.tokenise import TextService
 from appliance.live.workers import Workers
 
 log = logging.getLogger(__name__)
-MAX_NAMES = 65_536
-"""Names of requests whose story can still be asked for."""
 MAX_MILESTONES = 200
 
 
@@ -227,7 +225,7 @@ class Node:
                 self._take_back(ids[:index])
                 raise Rejected(reject.kind, reject.reason, reject.retry_after)
         self._names[spec.name] = ids
-        if len(self._names) > MAX_NAMES:
+        if len(self._names) > self.settings.journal_records // 2:  # a story has two or more
             self._names.popitem(last=False)
         self.stats.submitted += 1
         self.stats.sequences += len(ids)
