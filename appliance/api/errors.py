@@ -45,6 +45,11 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
         self.body = ErrorBody(message=message, type=family_of(status), param=param, code=code)
 
+    def rename(self, old: str, new: str) -> None:
+        """Speak of the field `old` by its name in another API."""
+        message = self.body.message.replace(f"'{old}'", f"'{new}'")
+        self.body = msgspec.structs.replace(self.body, message=message, param=new)
+
     def encoded(self) -> bytes:
         """The error document as JSON."""
         return msgspec.json.encode(ErrorDocument(self.body))
@@ -78,6 +83,7 @@ STATUS: Mapping[ErrorKind, int] = {
     ErrorKind.POISON: 500,
     ErrorKind.SLOW_READER: 499,
     ErrorKind.DRAIN_TIMEOUT: 503,
+    ErrorKind.GRAMMAR: 400,
     ErrorKind.INTERNAL: 500,
 }
 """499 is only ever seen in logs: the client it would be sent to has gone."""

@@ -55,6 +55,9 @@ from appliance.core.worker_table import SERVING, WorkerSlot
 
 __all__ = ["Dispatcher", "DispatcherConfig", "PolicyMistake"]
 
+HOPELESS = frozenset({ErrorKind.TOO_LONG, ErrorKind.GRAMMAR})
+"""What a worker refuses for good: no other worker and no other time would help."""
+
 
 class PolicyMistake(Exception):
     """A policy answered what the mechanism cannot carry out."""
@@ -272,6 +275,8 @@ class Dispatcher:
                     record.first_token_at = now
             if record.state is decoding:
                 record.emitted += counts[index] if counts else 1
+        if slot.reserved:
+            self._isolation.stepped(report)
         for end in report.finished:
             record = assigned.get(end.id)
             if record is None:
@@ -302,7 +307,7 @@ class Dispatcher:
             state.end_cancelled(record, now)
             return
         record.refusals += 1
-        if kind is ErrorKind.TOO_LONG or record.refusals > config.max_refusals:
+        if kind in HOPELESS or record.refusals > config.max_refusals:
             state.fail(record, now, kind=kind, message=words)
             return
         pause = config.refusal_pause * 2 ** (record.refusals - 1)

@@ -23,6 +23,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token that the answer has."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence in the answer."""
+    repetition_penalty: float = 1.0
+    """Divides the positive and multiplies the negative logits of tokens of prompt and answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit); ids are distinct."""
+    grammar: str = ""
+    """What the answer must be, in the notation of the llguidance library; empty: anything."""
     seed: int = 0
     min_tokens: int = 0
     ignore_eos: bool = False

@@ -62,6 +62,7 @@ class ErrorKind(StrEnum):
     POISON = "poison_request"
     SLOW_READER = "slow_reader"
     DRAIN_TIMEOUT = "drain_timeout"
+    GRAMMAR = "grammar_too_complex"
     INTERNAL = "internal_error"
 
 

@@ -27,11 +27,15 @@ class EngineInfo(Record, frozen=True, kw_only=True):
 
 
 class SampledToken(Record, frozen=True, kw_only=True, array_like=True):
-    """The token drawn for one sequence at the end of a step."""
+    """The token drawn for one sequence at the end of a step.
+
+    `failed` says why this sequence cannot go on (its grammar allows nothing more); its token means
+    nothing then, and the other sequences are not concerned."""
 
     id: RequestId
     token: int
     logprobs: TokenLogprobs | None = None
+    failed: str = ""
 
 
 class Engine(Protocol):

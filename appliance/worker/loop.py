@@ -213,15 +213,36 @@ class StepLoop:
         self._faults.reach("worker.after_step", touched)
         self._began = now = self._clock()
         self._plans.popleft()
+        failures = self._give_up(sampled, now)
         outputs, results = self._read(sampled)
         result = StepResult(step=plan.step, results=tuple(results), elapsed=now - began)
         reports = self._batcher.finish_step(result, now)
         self._close(reports, outputs)
+        reports[1:1] = failures
         self._progress.step = plan.step
         self._progress.began = now
         self._faults.reach("worker.before_send", touched)
         self._channel.send(reports, self._encode_outputs(outputs))
         self._after_step()
+
+    def _give_up(self, sampled: Sequence[SampledToken], now: float) -> list[Report]:
+        """Refuse for good the sequences that cannot go on; afterwards they are no longer live."""
+        reports: list[Report] = []
+        for item in sampled:
+            if item.failed and self._batcher.is_live(item.id):
+                worker = self._start.worker
+                log.error("answer failed", extra={"request": item.id, "reason": item.failed})
+                refused = Refused(
+                    worker=worker,
+                    command="Assign",
+                    kind=ErrorKind.GRAMMAR,
+                    reason=f"the answer cannot follow its grammar to the end: {item.failed}",
+                    request_id=item.id,
+                )
+                given_up = self._batcher.handle(Abort(worker=worker, request_id=item.id), now)
+                reports += [refused, *given_up]
+                self._retire(item.id)
+        return reports
 
     def _read(self, sampled: Sequence[SampledToken]) -> tuple[StepOutputs, list[SeqResult]]:
         """Text and block names of what was sampled for live sequences."""

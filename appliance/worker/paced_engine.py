@@ -10,7 +10,9 @@ and the marks are read back through the block table before they are built upon. 
 wrong copy or a false prefix hit is an error, not a guess.
 
 Tokens are a function of (prompt, seed, position) alone; at temperature 0 the seed plays no part. An
-answer ends at a length drawn from the prompt, which nothing but this engine knows.
+answer ends at a length drawn from the prompt, which nothing but this engine knows. Under a grammar
+they are drawn from what it allows, and the answer ends where it may from that length on. There are
+no logits: filters, penalties and biases change nothing.
 
 Steps that follow each other begin when the one before was due, not when the host got round to them:
 the host's work disappears inside the step as it does behind a real device, and the rate is that of
@@ -23,6 +25,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from math import log
+from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +33,7 @@ from appliance.core.payload import SequenceState, TokenLogprobs
 from appliance.core.start import WorkerStart
 from appliance.core.types import CacheGroupSpec, RequestId, SeqWork, StepPlan
 from appliance.worker.engine import EngineError, EngineInfo, SampledToken
+from appliance.worker.grammar import Grammar, GrammarFailed, Grammars
 from appliance.worker.pacing import BASE, MASK, MixTable, Pacer, Script, Words, digest, mix
 from appliance.worker.profiles import (
     KV_SLOT_BYTES,
@@ -43,15 +47,22 @@ from appliance.worker.text import TokenText
 class _Sequence:
     """One sequence: marks of its known tokens, its block table, its script."""
 
-    __slots__ = ("emitted", "logprobs", "marks", "script", "table")
+    __slots__ = ("emitted", "grammar", "logprobs", "marks", "script", "table")
 
     def __init__(
-        self, marks: "array[int]", script: Script, *, emitted: int, logprobs: int | None
+        self,
+        marks: "array[int]",
+        script: Script,
+        *,
+        emitted: int,
+        logprobs: int | None,
+        grammar: Grammar | None,
     ) -> None:
         self.marks = marks
         self.script = script
         self.emitted = emitted
         self.logprobs = logprobs
+        self.grammar = grammar
         self.table: list[int] = []
 
 
@@ -67,11 +78,13 @@ class PacedEngine:
         num_blocks: int,
         block_tokens: int,
         max_positions: int,
+        tokenizer: Path | None = None,
         validate: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`buffer` is the KV slab, writable, at least `paced_kv_slab_bytes`. `validate` reads all
-        marks of a sequence back in each step, not only the last one. Raises `ValueError`."""
+        """`buffer` is the KV slab, writable, at least `paced_kv_slab_bytes`; `tokenizer` the file
+        that grammars are read with. `validate` reads all marks of a sequence back in each step, not
+        only the last one. Raises `ValueError`."""
         needed = paced_kv_slab_bytes(num_blocks=num_blocks, block_tokens=block_tokens)
         if buffer.nbytes < needed:
             raise ValueError(
@@ -82,6 +95,8 @@ class PacedEngine:
         self._vocabulary = tokens.printable_ids()
         if not self._vocabulary:
             raise ValueError("the tokenizer has no printable token to answer with")
+        self._printable = frozenset(self._vocabulary)
+        self._grammars = Grammars(tokenizer or Path("tokenizer.json"), vocab_size=tokens.num_tokens)
         self._block_tokens = block_tokens
         self._validate = validate
         self._pacer = Pacer(clock=clock)
@@ -113,6 +128,7 @@ class PacedEngine:
             num_blocks=start.num_blocks,
             block_tokens=start.block_tokens,
             max_positions=start.batcher.max_model_len,
+            tokenizer=Path(start.model_dir) / "tokenizer.json",
             validate=start.validate,
         )
 
@@ -140,11 +156,17 @@ class PacedEngine:
         script = Script(
             state.prompt, state.sampling, vocabulary=self._vocabulary, profile=self._profile
         )
+        grammar, sampling = None, state.sampling
+        if sampling.grammar:
+            grammar = self._grammars.open(
+                sampling.grammar, ends=sampling.eos_token_ids, emitted=array("i", state.emitted)
+            )
         self._sequences[request_id] = _Sequence(
             array("Q", marks.tobytes()),
             script,
             emitted=len(state.emitted) // 4,
-            logprobs=state.sampling.logprobs,
+            logprobs=sampling.logprobs,
+            grammar=grammar,
         )
 
     def drop(self, request_id: RequestId) -> None:
@@ -228,16 +250,37 @@ class PacedEngine:
         place = len(sequence.marks)
         if work.start + work.num_tokens != place:
             self._fail(work, "the plan samples before the last known token")
-        token = sequence.script.token(sequence.emitted)
+        token, failed = self._next(sequence)
         sequence.emitted += 1
         if place < len(self._powers):
             step = self._mixed[token] * self._power[place]
             sequence.marks.append((sequence.marks[-1] + step) & MASK)
         if sequence.logprobs is None:
-            return SampledToken(id=work.id, token=token)
+            return SampledToken(id=work.id, token=token, failed=failed)
         return SampledToken(
-            id=work.id, token=token, logprobs=self._uniform(token, sequence.logprobs)
+            id=work.id,
+            token=token,
+            logprobs=self._uniform(token, sequence.logprobs),
+            failed=failed,
         )
+
+    def _next(self, sequence: _Sequence) -> tuple[int, str]:
+        """The next token, or why there is none (any token then)."""
+        grammar, place = sequence.grammar, sequence.emitted
+        if grammar is None:
+            return sequence.script.token(place), ""
+        try:
+            mask = grammar.look()
+        except GrammarFailed as failure:
+            return self._vocabulary[0], str(failure)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        allowed: list[int] = bits.nonzero()[0].tolist()
+        ends = [token for token in allowed if token in grammar.ends]
+        others = [token for token in allowed if token not in grammar.ends]
+        shown = [token for token in others if token in self._printable]
+        token = sequence.script.choose(place, shown or others, ends)
+        grammar.push(token)
+        return token, ""
 
     def _uniform(self, token: int, num_top: int) -> TokenLogprobs:
         """Every printable token is as likely as the others; the chosen one is named first."""

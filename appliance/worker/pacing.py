@@ -109,6 +109,14 @@ class Script:
             self._draw()
         return self._drawn[place]
 
+    def choose(self, place: int, allowed: Sequence[int], ends: Sequence[int]) -> int:
+        """The token at this place when only some may stand there: one of `allowed`, or of `ends`
+        where nothing else is left or the answer has reached its length. One of both must be."""
+        if ends and (not allowed or (self._end is not None and place >= self._end)):
+            return ends[0]
+        number = int(mix(np.array([place ^ self._key], dtype=np.uint64))[0])
+        return allowed[number % len(allowed)]
+
     def _draw(self) -> None:
         begin = len(self._drawn)
         places = np.arange(begin, begin + _DRAWS, dtype=np.uint64)

@@ -1,12 +1,14 @@
 """Drawing the next token of every row of a step.
 
-Order of the filters, as in common engines: forbidden ids, temperature, top_k, top_p over what top_k
-left, min_p. Filters are thresholds on values, so equal logits are kept or dropped together. A token
-is drawn by inverting the cumulative distribution in token order with one uniform number per row,
-which depends on (seed, position) only (`philox`). All sums that decide run in sequence over a row
-in float64, so a row's token does not depend on the rows beside it.
+Order, as in common engines: what changes logits (`adjustments`: grammar, min_tokens, bias,
+penalties), temperature, top_k, top_p over what top_k left, min_p. Filters are thresholds on values,
+so equal logits are kept or dropped together. A token is drawn by inverting the cumulative
+distribution in token order with one uniform number per row, which depends on (seed, position) only
+(`philox`). All sums that decide run in sequence over a row in float64, so a row's token does not
+depend on the rows beside it.
 
-Log-probabilities are those of the raw logits, before any filter, as the OpenAI API means them.
+Log-probabilities are those of the raw logits: of the model, before any change or filter. So the
+alternatives that are reported may be tokens that a grammar or a bias ruled out.
 """
 
 import math
@@ -18,9 +20,9 @@ import torch
 from torch.nn import functional
 
 from appliance.core.payload import Sampling, TokenLogprobs
+from appliance.worker.adjustments import MASKED, SampleRow, adjust
 from appliance.worker.philox import uniforms
 
-MASKED = float("-inf")
 VECTOR = 32
 """Values that torch's widest vector kernel takes at a time; a multiple of it has no scalar tail."""
 LEAST_TEMPERATURE = 1e-6
@@ -28,16 +30,6 @@ LEAST_TEMPERATURE = 1e-6
 float32 the quotients stay numbers."""
 LOOKS = (64, 1024, 1 << 31)
 """How many of the largest values top_p looks at: first, then if that was too few, at last all."""
-
-
-class SampleRow(NamedTuple):
-    """What a row of logits is drawn for."""
-
-    sampling: Sampling
-    position: int
-    """Index of the token to be drawn within the sequence (prompt included)."""
-    num_emitted: int
-    """Tokens of the answer before it."""
 
 
 class Drawn(NamedTuple):
@@ -58,35 +50,15 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Drawn]:
     best = logits.amax(-1)
     if not bool(best.isfinite().all()):
         raise NonFiniteLogits(best.isfinite().logical_not().nonzero().flatten().tolist())
-    allowed = _forbid(logits, rows)
-    tokens = allowed.argmax(-1)
+    adjusted = adjust(logits, rows)
+    tokens = adjusted.argmax(-1)
     random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if random:
-        part = allowed if len(random) == len(rows) else allowed[random]
+        part = adjusted if len(random) == len(rows) else adjusted[random]
         tokens[random] = _draw(part, [rows[i] for i in random])
     chosen: list[int] = tokens.tolist()
     logprobs = _logprobs(logits, chosen, rows)
     return [Drawn(token, logprobs.get(i)) for i, token in enumerate(chosen)]
-
-
-def _forbid(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """Mask what would end an answer that is still shorter than its min_tokens."""
-    where: list[int] = []
-    what: list[int] = []
-    for i, (sampling, _, num_emitted) in enumerate(rows):
-        if num_emitted >= sampling.min_tokens:
-            continue
-        banned = set(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            banned.update(sampling.eos_token_ids)
-        inside = [token for token in banned if 0 <= token < logits.shape[1]]
-        where += [i] * len(inside)
-        what += inside
-    if not where:
-        return logits
-    masked = logits.clone()
-    masked[where, what] = MASKED
-    return masked
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:

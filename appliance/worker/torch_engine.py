@@ -28,20 +28,24 @@ from appliance.core.start import WorkerStart
 from appliance.core.types import CacheGroupSpec, RequestId, SeqWork, StepPlan
 from appliance.modeling.decoder import Decoder
 from appliance.modeling.linear import LinearFactory
+from appliance.worker.adjustments import SampleRow, TokenCounts
 from appliance.worker.attention import PagedAttention
 from appliance.worker.attention_plan import TILE, StepBatch
 from appliance.worker.engine import EngineError, EngineInfo, SampledToken
+from appliance.worker.grammar import BitMask, Grammar, GrammarFailed, Grammars
 from appliance.worker.kv_pool import KvPool, map_kv
-from appliance.worker.sampler import NonFiniteLogits, SampleRow, sample
+from appliance.worker.sampler import NonFiniteLogits, sample
 from appliance.worker.weight_slab import open_weights
 
 
 class _Sequence:
-    """Known ids of one sequence and its row in the block tables."""
+    """Known ids of one sequence, what follows from them, and its row in the block tables."""
 
-    __slots__ = ("num_blocks", "num_known", "num_prompt", "sampling", "slot", "tokens")
+    __slots__ = (
+        "counts", "grammar", "num_blocks", "num_known", "num_prompt", "sampling", "slot", "tokens",
+    )  # fmt: skip
 
-    def __init__(self, state: SequenceState) -> None:
+    def __init__(self, state: SequenceState, grammars: Grammars) -> None:
         known = np.frombuffer(state.prompt + state.emitted, dtype="<i4")
         self.tokens = np.empty(len(known) + 64, np.int64)
         self.tokens[: len(known)] = known
@@ -50,8 +54,22 @@ class _Sequence:
         self.sampling: Sampling = state.sampling
         self.slot = -1
         self.num_blocks = 0
+        emitted = known[self.num_prompt :].tolist()
+        self.counts: TokenCounts | None = None
+        if TokenCounts.wanted(self.sampling):
+            self.counts = TokenCounts(known[: self.num_prompt].tolist(), emitted)
+        self.grammar: Grammar | None = None
+        if self.sampling.grammar:
+            self.grammar = grammars.open(
+                self.sampling.grammar, ends=self.sampling.eos_token_ids, emitted=emitted
+            )
 
     def append(self, token: int) -> None:
+        """Add a known token. Raises nothing: what a grammar thinks of it shows when it is asked."""
+        if self.counts is not None:
+            self.counts.push(token)
+        if self.grammar is not None:
+            self.grammar.push(token)
         if self.num_known == len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
         self.tokens[self.num_known] = token
@@ -96,12 +114,14 @@ class TorchEngine:
         max_model_len: int,
         max_sequences: int,
         info: EngineInfo,
+        grammars: Grammars,
     ) -> None:
         """`attention` works on `pool`; `max_sequences` is a step's usual bound, more is fine."""
         self._decoder = decoder
         self._attention = attention
         self._pool = pool
         self._info = info
+        self._grammars = grammars
         self._sequences: dict[RequestId, _Sequence] = {}
         width = -(-max_model_len // TILE) * (TILE // pool.block_tokens)
         self._tables = _BlockTables.empty(slots=max_sequences, width=width, scratch=pool.scratch)
@@ -150,6 +170,7 @@ class TorchEngine:
             max_model_len=bounds.max_model_len,
             max_sequences=bounds.max_num_seqs,
             info=info,
+            grammars=Grammars(model_dir / "tokenizer.json", vocab_size=shape.vocab_size),
         )
 
     @property
@@ -165,7 +186,7 @@ class TorchEngine:
     def add(self, request_id: RequestId, state: SequenceState) -> None:
         """See `Engine.add`."""
         self.drop(request_id)
-        self._sequences[request_id] = _Sequence(state)
+        self._sequences[request_id] = _Sequence(state, self._grammars)
 
     def drop(self, request_id: RequestId) -> None:
         """See `Engine.drop`."""
@@ -240,9 +261,16 @@ class TorchEngine:
     def _sample(
         self, logits: torch.Tensor, live: Sequence[tuple[SeqWork, _Sequence]]
     ) -> list[SampledToken]:
+        masks = [_look(sequence) for _, sequence in live]
         rows = [
-            SampleRow(s.sampling, position=s.num_known, num_emitted=s.num_known - s.num_prompt)
-            for _, s in live
+            SampleRow(
+                s.sampling,
+                position=s.num_known,
+                num_emitted=s.num_known - s.num_prompt,
+                counts=s.counts,
+                allowed=None if isinstance(mask, GrammarFailed) else mask,
+            )
+            for (_, s), mask in zip(live, masks, strict=True)
         ]
         try:
             drawn = sample(logits, rows)
@@ -255,9 +283,24 @@ class TorchEngine:
         for (_, sequence), (token, _) in zip(live, drawn, strict=True):
             sequence.append(token)
         return [
-            SampledToken(id=work.id, token=token, logprobs=logprobs)
-            for (work, _), (token, logprobs) in zip(live, drawn, strict=True)
+            SampledToken(
+                id=work.id,
+                token=token,
+                logprobs=logprobs,
+                failed=str(mask) if isinstance(mask, GrammarFailed) else "",
+            )
+            for (work, _), (token, logprobs), mask in zip(live, drawn, masks, strict=True)
         ]
+
+
+def _look(sequence: _Sequence) -> BitMask | GrammarFailed | None:
+    """What the sequence's grammar allows next, or why it cannot say; None without a grammar."""
+    if sequence.grammar is None:
+        return None
+    try:
+        return sequence.grammar.look()
+    except GrammarFailed as failure:
+        return failure
 
 
 def read_shape(model_dir: Path) -> ModelShape:

@@ -8,7 +8,8 @@ import torch
 
 from appliance.core.payload import Sampling
 from appliance.worker import sampler
-from appliance.worker.sampler import NonFiniteLogits, SampleRow, sample
+from appliance.worker.adjustments import SampleRow
+from appliance.worker.sampler import NonFiniteLogits, sample
 
 VOCAB = 300
 
