@@ -14,6 +14,7 @@ from appliance.api.metrics import Metrics
 from appliance.api.observe import ApiStats
 from appliance.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from appliance.api.settings import ApiSettings
+from appliance.api.speech import SPEECH, speech_of
 from appliance.core.types import ErrorKind
 from appliance.live.node import Node
 
@@ -28,6 +29,7 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
     names = Names(node.settings.journal_records)  # a name outlives no story in the journal
     context = Context(node=node, settings=settings, stats=ApiStats(), names=names)
     app[CONTEXT] = context
+    app[SPEECH] = speech_of(node.text, settings)
     app[chat.DECODER] = BodyDecoder(ChatBody)
     app[completions.DECODER] = BodyDecoder(CompletionBody)
     app[tokens.TOKENIZE] = BodyDecoder(TokenizeBody)

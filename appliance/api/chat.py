@@ -2,14 +2,19 @@
 
 from aiohttp import web
 
-from appliance.api.context import CONTEXT, Context, new_id
+from appliance.api.chat_parts import PartsDialect
+from appliance.api.context import CONTEXT, new_id
+from appliance.api.conversation import Conversation, prepare
 from appliance.api.decode import BodyDecoder, read_body
-from appliance.api.dialect import PlainDialect
-from appliance.api.generate import Job, ignored_header, serve
-from appliance.api.prompts import encode_messages, room_for
+from appliance.api.dialect import Dialect, PlainDialect
+from appliance.api.errors import ApiError, shown
+from appliance.api.generate import ignored_header, serve
 from appliance.api.schemas import ChatBody
+from appliance.api.speech import SPEECH, Speech
 from appliance.api.targets import slo_of
-from appliance.api.validate import Plan, check_model, invalid, plan_of
+from appliance.api.tools import choice_of, tool_use, tools_of
+from appliance.api.turns import turns_of
+from appliance.api.validate import check_model, invalid, plan_of
 
 DECODER = web.AppKey("chat_decoder", BodyDecoder[ChatBody])
 
@@ -23,33 +28,49 @@ async def handle(request: web.Request) -> web.StreamResponse:
     check_model(body.model, context.node.info.model)
     if body.add_special_tokens:
         raise invalid("add_special_tokens", "must be false: the chat template writes them.")
-    slo = slo_of(body, request.headers, classes=context.settings.slo_classes)
-    job = await _job(
-        context, body, ignored_header(decoded.ignored), plan_of(body, slo, context.limits)
+    speech = request.app[SPEECH]
+    plan = plan_of(
+        body,
+        slo_of(body, request.headers, classes=context.settings.slo_classes),
+        context.limits,
     )
-    dialect = PlainDialect(context, job.plan, name=job.name, chat=True)
+    job, reading = await prepare(
+        context,
+        speech,
+        conversation_of(body, speech),
+        name=new_id("chatcmpl"),
+        plan=plan,
+        headers=ignored_header(decoded.ignored),
+    )
+    dialect: Dialect
+    if reading.plain:
+        dialect = PlainDialect(context, job.plan, name=job.name, chat=True)
+    else:
+        dialect = PartsDialect(context, job.plan, reading, name=job.name)
     return await serve(context, request, job=job, dialect=dialect)
 
 
-async def _job(context: Context, body: ChatBody, headers: dict[str, str], plan: Plan) -> Job:
-    prompt = await encode_messages(
-        context.node.text,
-        body.messages,
+def conversation_of(body: ChatBody, speech: Speech) -> Conversation:
+    """Turns, tools and template variables. Raises `ApiError`."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        if body.reasoning_effort != "none":
+            raise ApiError(
+                f"'reasoning_effort' is not supported with the value "
+                f"{shown(body.reasoning_effort)}; leave it out, or give 'none'.",
+                code="unsupported_parameter",
+                param="reasoning_effort",
+            )
+        variables |= speech.quiet("reasoning_effort")
+    use = tool_use(
+        tools_of(body.tools),
+        choice_of(body.tool_choice),
+        parallel=body.parallel_tool_calls,
+        speech=speech,
+    )
+    return Conversation(
+        turns=turns_of(body.messages),
+        use=use,
+        variables=variables,
         add_generation_prompt=body.add_generation_prompt is not False,
-        template_kwargs=body.chat_template_kwargs,
-        salt=plan.salt,
-    )
-    room = room_for(
-        len(prompt.ids),
-        plan.max_tokens,
-        context.limits,
-        chat=True,
-        least=plan.sampling.min_tokens,
-    )
-    return Job(
-        name=new_id("chatcmpl"),
-        prompts=(prompt,),
-        max_tokens=(room,),
-        plan=plan,
-        headers=headers,
     )

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from appliance.api.errors import ApiError, shown
 from appliance.api.schemas import Message
+from appliance.api.turns import turns_of
 from appliance.api.validate import Limits, invalid
 from appliance.core.types import ErrorKind
 from appliance.live.chat_template import TemplateFailed, TemplateMissing
@@ -13,7 +14,6 @@ from appliance.live.records import Encoded
 from appliance.live.tokenise import TextService, TooLong
 
 DEFAULT_COMPLETION_TOKENS = 16
-ROLES = frozenset({"system", "developer", "user", "assistant"})
 Prompt: TypeAlias = "str | array[int]"
 
 
@@ -50,53 +50,6 @@ def too_long(limits: Limits, found: str, *, chat: bool, param: str | None = None
         code=ErrorKind.TOO_LONG.value,
         param=param or ("messages" if chat else "prompt"),
     )
-
-
-def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as a chat template wants them: role and text. Raises `ApiError`."""
-    if not messages:
-        raise invalid("messages", "is empty; give at least one message.")
-    return [_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _turn(message: Message, at: str) -> dict[str, Any]:
-    if message.role not in ROLES:
-        raise ApiError(
-            f"'{at}.role' is {shown(message.role)}; roles served are {', '.join(sorted(ROLES))}.",
-            code="unsupported_value",
-            param=f"{at}.role",
-        )
-    for name in ("tool_calls", "function_call", "audio"):
-        if getattr(message, name):
-            raise ApiError(
-                f"'{at}.{name}' is not supported; leave it out.",
-                code="unsupported_parameter",
-                param=f"{at}.{name}",
-            )
-    turn: dict[str, Any] = {"role": message.role, "content": _text(message, at)}
-    if message.name is not None:
-        turn["name"] = message.name
-    return turn
-
-
-def _text(message: Message, at: str) -> str:
-    if message.content is None:
-        raise invalid(f"{at}.content", "is missing; give a string or a list of text parts.")
-    if isinstance(message.content, str):
-        return message.content
-    texts = []
-    for index, part in enumerate(message.content):
-        where = f"{at}.content[{index}]"
-        if part.type != "text":
-            raise ApiError(
-                f"'{where}.type' is {shown(part.type)}; only parts of type 'text' are served.",
-                code="unsupported_value",
-                param=f"{where}.type",
-            )
-        if part.text is None:
-            raise invalid(f"{where}.text", "is missing; it is required in a text part.")
-        texts.append(part.text)
-    return "".join(texts)
 
 
 def prompts_of(value: str | list[Any], limits: Limits) -> list[Prompt]:
@@ -155,10 +108,29 @@ async def encode_messages(
     salt: str = "",
 ) -> Encoded:
     """Token ids of a conversation. Raises `ApiError` when the template has no use for it."""
-    turns = messages_of(messages)
+    return await encode_turns(
+        text,
+        turns_of(messages),
+        add_generation_prompt=add_generation_prompt,
+        template_kwargs=template_kwargs,
+        salt=salt,
+    )
+
+
+async def encode_turns(
+    text: TextService,
+    turns: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any] | None,
+    salt: str = "",
+) -> Encoded:
+    """Token ids of turns that were checked. Raises `ApiError` like `encode_messages`."""
     try:
         return await text.encode_chat(
             turns,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             template_kwargs=template_kwargs,
             salt=salt,

@@ -20,14 +20,18 @@ class Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the completion's; told only where there are some."""
 
     def document(self) -> dict[str, Any]:
         """The `usage` object."""
+        reasoning = {"completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens}}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **(reasoning if self.reasoning_tokens else {}),
         }
 
 
@@ -127,6 +131,11 @@ class ChunkTemplate:
             return b""
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null'
         return self._opening + delta + self.unfinished + self.usage(running) + END
+
+    def delta(self, body: bytes, logprobs: bytes, running: bytes | None) -> bytes:
+        """A chunk of a conversation that adds something else than text: `body` is its delta."""
+        middle = b',"logprobs":' + logprobs + self.unfinished
+        return self._opening + b'"delta":' + body + middle + self.usage(running) + END
 
     def finish(self, reason: str, running: bytes | None) -> bytes:
         """The chunk that ends this answer."""

@@ -21,15 +21,48 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
+class FunctionCallBody(msgspec.Struct):
+    """What an earlier answer called: `arguments` is JSON in a string."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCallBody(msgspec.Struct):
+    """One call of an earlier answer."""
+
+    id: str
+    function: FunctionCallBody
+    type: str = "function"
+
+
 class Message(msgspec.Struct):
     """One turn of a conversation."""
 
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
     function_call: Any = None
     audio: Any = None
+
+
+class FunctionBody(msgspec.Struct):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(msgspec.Struct):
+    """A tool; only `type` "function" is served."""
+
+    type: str
+    function: FunctionBody | None = None
 
 
 class StreamOptions(msgspec.Struct):
@@ -80,8 +113,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    parallel_tool_calls: Any = None
-    """Says nothing without tools, and tools are refused."""
+    parallel_tool_calls: bool | None = None
+    """Says nothing without tools."""
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -93,6 +126,9 @@ class ChatBody(GenerationBody, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):

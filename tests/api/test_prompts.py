@@ -4,15 +4,16 @@ import msgspec
 import pytest
 
 from appliance.api.errors import ApiError
-from appliance.api.prompts import check_ids, messages_of, prompts_of, room_for
+from appliance.api.prompts import check_ids, prompts_of, room_for
 from appliance.api.schemas import Message
+from appliance.api.turns import loaded_arguments, turns_of
 from appliance.api.validate import Limits
 
 LIMITS = Limits(max_model_len=100, vocab_size=1000, max_sequences=8)
 
 
 def turns(*messages):
-    return messages_of(msgspec.convert(list(messages), list[Message]))
+    return turns_of(msgspec.convert(list(messages), list[Message]))
 
 
 def test_text_parts_are_joined():
@@ -25,7 +26,16 @@ def test_text_parts_are_joined():
 @pytest.mark.parametrize(
     ("message", "param", "code"),
     [
-        ({"role": "tool", "content": "x"}, "messages[0].role", "unsupported_value"),
+        ({"role": "function", "content": "x"}, "messages[0].role", "unsupported_value"),
+        ({"role": "tool", "content": "x"}, "messages[0].tool_call_id", "invalid_value"),
+        ({"role": "tool", "content": "x", "tool_call_id": "c9"}, "messages[0].tool_call_id",
+         "invalid_value"),
+        ({"role": "user", "content": "x", "tool_call_id": "c9"}, "messages[0].tool_call_id",
+         "invalid_value"),
+        ({"role": "user", "content": "x", "reasoning_content": "y"},
+         "messages[0].reasoning_content", "invalid_value"),
+        ({"role": "user", "content": "x", "tool_calls": [{"id": "1", "function": {"name": "f"}}]},
+         "messages[0].tool_calls", "invalid_value"),
         ({"role": "user\n", "content": "x"}, "messages[0].role", "unsupported_value"),
         ({"role": "user"}, "messages[0].content", "invalid_value"),
         (
@@ -35,8 +45,11 @@ def test_text_parts_are_joined():
         ),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text",
          "invalid_value"),
-        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "messages[0].tool_calls",
-         "unsupported_parameter"),
+        ({"role": "assistant", "tool_calls": [{"id": "1", "type": "custom",
+                                               "function": {"name": "f"}}]},
+         "messages[0].tool_calls", "unsupported_value"),
+        ({"role": "assistant", "content": "", "function_call": {"name": "f"}},
+         "messages[0].function_call", "unsupported_parameter"),
         ({"role": "assistant", "content": "", "audio": {"id": 1}}, "messages[0].audio",
          "unsupported_parameter"),
     ],
@@ -45,6 +58,26 @@ def test_r21_what_a_message_may_not_have_is_refused_by_name(message, param, code
     with pytest.raises(ApiError) as caught:
         turns(message)
     assert (caught.value.body.param, caught.value.body.code) == (param, code)
+
+
+def test_calls_and_their_results_are_turns():
+    arguments = '{"a": [1, "\\u00e9"]}'
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    found = turns(
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "content": [{"type": "text", "text": "3"}], "tool_call_id": "c1"},
+    )
+    loaded = {**call, "function": {"name": "f", "arguments": {"a": [1, "\u00e9"]}}}
+    assert found[1:] == [
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [loaded]},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": "\\ud800"}', "[" * 100_000])
+def test_arguments_that_are_no_object_stay_text(text):
+    assert loaded_arguments(text) == text
 
 
 def test_no_messages_are_refused():

@@ -1,0 +1,165 @@
+"""Tools that a request offers, and whether the model may, must or must not call them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from appliance.api.errors import ApiError, shown
+from appliance.api.schemas import ToolBody
+from appliance.api.speech import Speech
+from appliance.api.validate import invalid
+from appliance.core.types import Record
+
+Mode: TypeAlias = Literal["none", "auto", "required"]
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
+
+
+class Tool(Record, frozen=True, kw_only=True):
+    """A function that the model may call. `parameters` is a JSON schema, None for none."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The form in which chat templates list tools."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        if self.parameters is not None:
+            function["parameters"] = self.parameters
+        return {"type": "function", "function": function}
+
+
+class Choice(Record, frozen=True, kw_only=True):
+    """May the model call? `name`: the one tool that it must call."""
+
+    mode: Mode = "auto"
+    name: str | None = None
+
+
+class ToolUse(Record, frozen=True, kw_only=True):
+    """What a request says of tools."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: Choice = Choice()
+    parallel: bool = True
+    """More than one call in one answer."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the prompt lists tools and the answer is searched for calls."""
+        return bool(self.tools) and self.choice.mode != "none"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Tools that may be called."""
+        if self.choice.name is not None:
+            return frozenset({self.choice.name})
+        return frozenset(tool.name for tool in self.tools)
+
+
+NO_TOOLS = ToolUse()
+
+
+def tools_of(bodies: Sequence[ToolBody] | None) -> tuple[Tool, ...]:
+    """The tools of a chat request. Raises `ApiError`."""
+    tools = []
+    for index, body in enumerate(bodies or ()):
+        at = f"tools[{index}]"
+        check_kind(body.type, at)
+        function = body.function
+        if function is None:
+            raise invalid(f"{at}.function", "is missing; give its name and parameters.")
+        check_strict(strict=function.strict, at=f"{at}.function.strict")
+        tools.append(
+            Tool(
+                name=function.name,
+                description=function.description,
+                parameters=function.parameters,
+            )
+        )
+    check_names([tool.name for tool in tools], "tools[{}].function.name")
+    return tuple(tools)
+
+
+def check_kind(kind: str, at: str) -> None:
+    """Raise `ApiError` for tools that a server would have to run itself."""
+    if kind != "function":
+        raise ApiError(
+            f"'{at}.type' is {shown(kind)}; only tools of type 'function' are served.",
+            code="unsupported_value",
+            param=f"{at}.type",
+        )
+
+
+def check_strict(*, strict: bool | None, at: str) -> None:
+    """Raise `ApiError` for a promise that is not kept."""
+    if strict:
+        raise ApiError(
+            f"'{at}' is not supported with the value True: arguments are not held to their schema; "
+            "leave it out.",
+            code="unsupported_parameter",
+            param=at,
+        )
+
+
+def check_names(names: Sequence[str], at: str) -> None:
+    """Raise `ApiError` unless names can be told apart. `at` has a place for the index."""
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if not _NAME.fullmatch(name):
+            raise invalid(
+                at.format(index),
+                f"is {shown(name)}; use 1 to 128 letters, digits, '_', '-' and '.'.",
+            )
+        if name in seen:
+            raise invalid(at.format(index), f"is {shown(name)}, which an earlier tool has.")
+        seen.add(name)
+
+
+def choice_of(value: str | Mapping[str, Any] | None) -> Choice:
+    """`tool_choice` of a chat request. Raises `ApiError`."""
+    match value:
+        case None | "auto":
+            return Choice()
+        case "none":
+            return Choice(mode="none")
+        case "required":
+            return Choice(mode="required")
+        case {"type": "function", "function": {"name": str(name)}}:
+            return Choice(mode="required", name=name)
+    raise ApiError(
+        f"'tool_choice' is {shown(value)}; give 'none', 'auto', 'required' or "
+        '{"type": "function", "function": {"name": ...}}.',
+        code="unsupported_value",
+        param="tool_choice",
+    )
+
+
+def tool_use(
+    tools: tuple[Tool, ...], choice: Choice, *, parallel: bool | None, speech: Speech
+) -> ToolUse:
+    """Everything a request says of tools, checked against what the model can do. Raises
+    `ApiError`."""
+    if choice.mode == "required" and not tools:
+        raise invalid("tool_choice", "needs 'tools'.")
+    if choice.name is not None and choice.name not in {tool.name for tool in tools}:
+        raise invalid("tool_choice", f"names {shown(choice.name)}, which is not among 'tools'.")
+    use = ToolUse(tools=tools, choice=choice, parallel=parallel is not False)
+    if not use.active:
+        return use
+    if speech.tool_format is None:
+        raise ApiError(
+            f"'tools' is not supported: {speech.no_tools}; leave it out.",
+            code="unsupported_parameter",
+            param="tools",
+        )
+    if choice.mode == "required":
+        raise ApiError(
+            "'tool_choice' is only supported as 'auto' or 'none'; the model decides whether it "
+            "calls.",
+            code="unsupported_parameter",
+            param="tool_choice",
+        )
+    return use
