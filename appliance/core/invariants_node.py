@@ -101,11 +101,21 @@ def law_10_no_assign_while_draining(heard: Heard) -> None:
 
 
 def r27_suspects_run_alone(heard: Heard) -> None:
-    """A request present at too many deaths never shares a worker again."""
+    """A suspect is on trial wherever it is; it shares a worker with acquitted requests only, in a
+    strict trial with none. One present at too many deaths is suspected until it was acquitted."""
+    config = heard.state.config
     for record in heard.state.requests.records():
-        if record.worker is not None and len(record.deaths) >= heard.state.config.poison_deaths:
-            mates = len(heard.state.slots[record.worker].assigned) - 1
-            _want(0, record.isolated and mates == 0, f"suspect with {mates}; {record.story()}")
+        guilty = len(record.deaths) >= config.poison_deaths and not record.acquitted
+        _want(0, record.suspected == guilty, f"suspected: {record.suspected}; {record.story()}")
+        _want(0, record.trials < config.max_trials, f"trials: {record.trials}; {record.story()}")
+        if record.worker is None or record.state is RequestState.CANCELLING:
+            continue
+        _want(0, record.isolated == record.suspected, f"not on trial; {record.story()}")
+        if record.isolated:
+            here = heard.state.slots[record.worker].assigned.values()
+            mates = [mate for mate in here if mate is not record]
+            fit = all(mate.acquitted for mate in mates) and not (record.strict and mates)
+            _want(0, fit, f"suspect with {len(mates)}; {record.story()}")
 
 
 NODE_LAWS: Sequence[Law] = (

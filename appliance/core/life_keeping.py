@@ -7,9 +7,12 @@ requests.
 * A row of bad deaths is cut by an incarnation that *served healthily*: its last proof of health, a
   finished step or an idle heartbeat, came `healthy_seconds` or more after it was up. An incarnation
   that got work and never finished a step was not healthy, however long it idled before.
-* A death is not the worker's fault, and not bad, while a suspect runs there alone. When a suspect
+* A death is not the worker's fault, and not bad, while a suspect is on trial there. When a suspect
   is convicted, the earlier deaths it was present at are struck from the rows of the workers it
   killed.
+* A request was *present* at a death if the worker had said anything of its load since it was given
+  the request: a worker does so before it computes it. A worker that was dead already is no sign
+  against what was sent to it, up to `spared_deaths` times per request.
 * A dead worker's requests wait again, before those that were never placed, and go on elsewhere
   after the tokens already sent. One that was being cancelled is gone with the worker.
 
@@ -69,7 +72,7 @@ class LifeKeeper:
         lost = sorted(slot.assigned.values(), key=lambda record: record.order)
         to_blame = any(record.isolated for record in lost)
         for record in lost:
-            self._lose(record, slot, now)
+            self._lose(record, slot, now, alone=len(lost) == 1)
         slot.down()
         words = slot.last_words
         slot.last_cause = f"{words} ({report.cause})" if words else report.cause
@@ -84,16 +87,43 @@ class LifeKeeper:
             return False
         return slot.proved_at - slot.up_at >= self._state.config.healthy_seconds
 
-    def _lose(self, record: RequestRecord, slot: WorkerSlot, now: float) -> None:
+    def _lose(self, record: RequestRecord, slot: WorkerSlot, now: float, *, alone: bool) -> None:
+        config = self._state.config
         if record.state is RequestState.CANCELLING:
             self._state.end_cancelled(record, now)
-        elif record.isolated:
+            return
+        unheard = slot.num_loads == record.reports_before
+        if unheard and record.spared < config.spared_deaths:
+            record.spared += 1
+            self._state.requeue(record, now)
+            return
+        if record.isolated and self._is_conclusive(record, slot, alone=alone):
             self._convict(record)
             words = f"{len(record.deaths) + 1} workers died while they served this request"
             self._state.fail(record, now, kind=ErrorKind.POISON, message=words)
-        else:
-            record.deaths.append((slot.id, slot.epoch))
-            self._state.requeue(record, now)
+            return
+        if record.isolated:
+            record.trials += 1
+            record.strict = True
+        record.acquitted = False
+        record.deaths.append((slot.id, slot.epoch))
+        record.suspected = len(record.deaths) >= config.poison_deaths
+        self._state.requeue(record, now)
+
+    def _is_conclusive(self, record: RequestRecord, slot: WorkerSlot, *, alone: bool) -> bool:
+        """Whether a death during the trial of `record` was the request's: nobody else was there,
+        and either it was a strict trial or this worker is not one that keeps dying with it while
+        another has not been tried."""
+        config = self._state.config
+        if not alone:
+            return False
+        if record.strict or record.trials + 1 >= config.max_trials:
+            return True
+        witnesses = {worker for worker, _ in record.deaths}
+        return slot.id not in witnesses or all(
+            other.id in witnesses or other.state is WorkerState.QUARANTINED
+            for other in self._state.slots.values()
+        )
 
     def _convict(self, record: RequestRecord) -> None:
         for worker, epoch in record.deaths:

@@ -45,6 +45,12 @@ class DispatcherConfig(Record, frozen=True, kw_only=True):
     healthy."""
     poison_deaths: int = 2
     """Deaths at which a request must have been present to be suspected."""
+    trial_steps: int = 4
+    """Steps with tokens of a suspect after which its first trial acquits it."""
+    max_trials: int = 3
+    """Trials of one request; the last goes on to the end of its answer."""
+    spared_deaths: int = 2
+    """Deaths of workers that had not answered its assignment, which a request is not blamed for."""
     max_refusals: int = 8
     """Refusals by workers after which a request ends with the last refusal's error."""
     refusal_pause: float = 0.05
@@ -155,6 +161,8 @@ class NodeState:
         self.requests.stop_waiting(record)
         self.requests.move(record, RequestState.ASSIGNED, now, worker=slot.id)
         record.isolated = isolated
+        record.trial_steps = 0
+        record.reports_before = slot.num_loads
         record.pending = pending
         slot.assigned[record.request.id] = record
         slot.pending_tokens += pending
@@ -181,8 +189,7 @@ class NodeState:
         self._leave(record)
         if worker is not None and avoid_until is not None:
             record.avoid[worker] = (self.slots[worker].changes, avoid_until)
-        suspect = len(record.deaths) >= self.config.poison_deaths
-        self.requests.wait(record, now, suspect=suspect)
+        self.requests.wait(record, now, suspect=record.suspected)
 
     def cancel(self, record: RequestRecord, now: float, *, kind: ErrorKind) -> None:
         """Ask the worker to forget the request; it ends when the worker says so."""

@@ -19,6 +19,7 @@ class RequestRecord:
     """One live request. Changed only through `NodeState` and `RequestTable`."""
 
     __slots__ = (
+        "acquitted",
         "avoid",
         "cancel_kind",
         "deaths",
@@ -28,8 +29,14 @@ class RequestRecord:
         "isolated",
         "pending",
         "refusals",
+        "reports_before",
         "request",
+        "spared",
         "state",
+        "strict",
+        "suspected",
+        "trial_steps",
+        "trials",
         "worker",
     )
 
@@ -44,9 +51,23 @@ class RequestRecord:
         """Prefill tokens it counts for at its worker; 0 once a token has come from there."""
         self.first_token_at: float | None = None
         self.deaths: list[tuple[WorkerId, int]] = []
-        """Incarnations (worker, epoch) that died while it was there."""
+        """Incarnations (worker, epoch) that died while it was there, those spared aside."""
+        self.reports_before = 0
+        """The worker's `num_loads` when it was given this request."""
+        self.spared = 0
+        """Deaths that were not counted: the worker had said nothing since it got this request."""
+        self.suspected = False
+        """To be tried, or on trial (`appliance.core.isolation`)."""
         self.isolated = False
-        """At its worker alone, as a suspect."""
+        """On trial at its worker."""
+        self.strict = False
+        """Its next trial is strict."""
+        self.trials = 0
+        """Trials that are over, by an acquittal or an inconclusive death."""
+        self.trial_steps = 0
+        """Steps of the present trial that computed tokens of it."""
+        self.acquitted = False
+        """Its last trial acquitted it, and it has been at no death since."""
         self.refusals = 0
         self.avoid: dict[WorkerId, tuple[int, float]] = {}
         """Workers that refused it: not offered again while the worker's `changes` has this value

@@ -53,6 +53,9 @@ class WorkerSlot:
         self.max_batch_tokens = 0
         self.load = NO_LOAD
         self.as_of = 0.0
+        self.num_loads = 0
+        """Reports with a load so far. A worker sends one before it first computes what it was
+        given."""
         self.assigned: dict[RequestId, RequestRecord] = {}
         self.pending_tokens = 0
         """Sum of `pending` of those assigned."""
@@ -121,6 +124,7 @@ class WorkerSlot:
     def note_load(self, load: WorkerLoad, now: float) -> None:
         """The worker's ledger and queues as it says."""
         self.load = load
+        self.num_loads += 1
         self.as_of = now
         self._view = None
 

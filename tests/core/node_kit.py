@@ -9,6 +9,7 @@ from appliance.core.messages import (
     Assign,
     Cancelled,
     Ended,
+    Heartbeat,
     Input,
     Output,
     Quarantine,
@@ -125,9 +126,17 @@ class Node:
         )
 
     def down(
-        self, worker: int, *, cause: str = "killed by signal 9", epoch: int | None = None
+        self,
+        worker: int,
+        *,
+        cause: str = "killed by signal 9",
+        epoch: int | None = None,
+        silent: bool = False,
     ) -> list[Output]:
+        """It dies, having told its load after what it was given last (`silent`: it had not)."""
         number = WorkerId(worker)
+        if not silent:
+            self.hear(Heartbeat(worker=number, step=self.steps, in_step=0.0, load=load()), after=0)
         epoch = self.core.epoch(number) if epoch is None else epoch
         return self.hear(WorkerDown(worker=number, epoch=epoch, cause=cause))
 

@@ -5,7 +5,7 @@ The world keeps its own account of what the client saw and of who was present at
 without looking into the Dispatcher's books, and compares after every message."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from appliance.core.dispatcher import Dispatcher, DispatcherConfig
 from appliance.core.lifecycle import RequestState, WorkerState
@@ -86,6 +86,9 @@ class World:
         self.sent: Counter[RequestId] = Counter()
         self.where: dict[RequestId, WorkerId] = {}
         self.deaths: Counter[RequestId] = Counter()
+        self.spared: Counter[RequestId] = Counter()
+        self.answered: set[RequestId] = set()
+        """Those whose worker has told its load since it was given them."""
         self.accepted: set[RequestId] = set()
         self.ended: dict[RequestId, Ended] = {}
         self.refusals: Counter[RequestId] = Counter()
@@ -102,6 +105,12 @@ class World:
         here = self._present(message)
         if isinstance(message, Refused | StepReported) and self._in_service(message):
             self._account(message)
+        told = isinstance(message, StepReported) or (
+            isinstance(message, Heartbeat) and message.load is not None
+        )
+        if told and self._in_service(message):
+            self.answered |= {id_ for id_, at in self.where.items() if at == message.worker}
+        silent = set(here) - self.answered
         outputs = self.core.handle(message, self.now)
         self.inputs.append((self.now, message, outputs))
         if isinstance(message, Arrived) and not any(isinstance(o, Reject) for o in outputs):
@@ -111,7 +120,7 @@ class World:
         for output in outputs:
             self._carry_out(output)
         if here:
-            self._check_deaths(here)
+            self._check_deaths(here, silent)
         assert set(self.ended) <= self.accepted
         assert self.core.num_live == len(self.accepted) - len(self.ended)
         wakeup = self.core.next_wakeup()
@@ -127,22 +136,28 @@ class World:
             return []
         return [id_ for id_, worker in self.where.items() if worker == message.worker]
 
-    def _check_deaths(self, here: Sequence[RequestId]) -> None:
-        """R27: two deaths in company are forgiven, the third one is alone and the last."""
+    def _check_deaths(self, here: Sequence[RequestId], silent: Set[RequestId]) -> None:
+        """R27: two deaths in company are forgiven, and no more than five in all; who is convicted
+        died alone. A worker that had not answered is forgiven twice more."""
+        most = self.config.poison_deaths + self.config.max_trials
         for request_id in here:
             end = self.ended.get(request_id)
             if request_id in self.cancelled:
                 assert end is not None, "a cancelled request outlived its worker"
                 continue
+            if request_id in silent and self.spared[request_id] < self.config.spared_deaths:
+                self.spared[request_id] += 1
+                assert end is None or end.error is ErrorKind.NO_WORKER
+                continue
             self.deaths[request_id] += 1
-            if self.deaths[request_id] > self.config.poison_deaths:
-                assert here == [request_id], "a suspect shared a worker"
-                assert end is not None
-                assert end.error is ErrorKind.POISON
+            if end is not None and end.error is ErrorKind.POISON:
+                assert here == [request_id], "convicted in company"
+                assert self.deaths[request_id] > self.config.poison_deaths
             else:
                 assert end is None or end.error is ErrorKind.NO_WORKER
+                assert self.deaths[request_id] < most, "it may go on killing"
 
-    def _in_service(self, report: Refused | StepReported) -> bool:
+    def _in_service(self, report: Refused | StepReported | Heartbeat) -> bool:
         return self.core.view.workers[report.worker].state is WorkerState.READY
 
     def _account(self, report: Refused | StepReported) -> None:
@@ -168,6 +183,7 @@ class World:
             case Assign(worker=worker, request=request, emitted_tokens=emitted):
                 assert emitted == self.sent[request.id], "goes on after another token"
                 self.where[request.id] = worker
+                self.answered.discard(request.id)
                 self._post(worker, output)
             case Abort(worker=worker):
                 self._post(worker, output)
