@@ -20,20 +20,24 @@ from aiohttp import web
 
 from appliance.api.app import build_app, make_runner
 from appliance.api.settings import ApiSettings
+from appliance.config import load
 from appliance.core.node_state import DispatcherConfig
 from appliance.core.types import BatcherConfig, Slo, WorkerId, WorkerSpec
+from appliance.devices import plan_devices
+from appliance.live.checkpoint import open_checkpoint
 from appliance.live.node import Node
 from appliance.live.settings import NodeSettings
 from appliance.live.spawner import Spawner
 from appliance.live.tokenise import TextService, TextSettings
 from appliance.live.workers import PoolPlan
 from appliance.policy import make_policy
+from appliance.startup import Machine, make_plan
+from appliance.wiring import node_settings as node_settings_of
 from appliance.worker.profiles import paced_kv_slab_bytes
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-tasks"
 BLOCK_TOKENS = 16
-VOCAB_SIZE = 1024
 SLO_CLASSES = {"default": Slo(), "chat": Slo(class_name="chat", ttft=1.0, tpot=0.05)}
 T = TypeVar("T")
 
@@ -82,7 +86,8 @@ class LiveServer:
         self._settings = settings
         self._send_buffer = send_buffer
         self._api = api
-        self._spawner = Spawner(["appliance.worker.main"])
+        preload = ["appliance.worker.torch_engine"] if settings.engine == "torch" else []
+        self._spawner = Spawner(["appliance.worker.main", *preload])
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server")
         self._thread.start()
@@ -126,12 +131,12 @@ class LiveServer:
     async def _open(self) -> Node:
         settings = self._settings
         text = TextService(
-            MODEL,
+            Path(settings.model_dir),
             TextSettings(
                 max_model_len=settings.batcher.max_model_len,
                 block_tokens=settings.block_tokens,
                 hash_key=b"0123456789abcdef",
-                vocab_size=VOCAB_SIZE,
+                vocab_size=open_checkpoint(Path(settings.model_dir)).shape.vocab_size,
             ),
         )
         node = Node(
@@ -164,10 +169,41 @@ def start_server(api: ApiSettings | None = None, **changes: Any) -> LiveServer:
     return LiveServer(node_settings(**changes), api, send_buffer=send_buffer)
 
 
+def start_scripted(directory: Path, api: ApiSettings | None = None) -> LiveServer:
+    """A server of the model that `tests.api.scripted_model` writes, on one CPU worker."""
+    config = load(
+        None,
+        {
+            "model": {"path": str(directory), "served_name": "tiny", "max_model_len": 1024},
+            "kv": {"memory": "16MiB"},
+            "devices": {"threads": 1},
+        },
+    )
+    devices = plan_devices("cpu:1", cores=2, count_gpus=lambda: 0)
+    plan = make_plan(config, devices, machine=Machine(cores=2, free_bytes=8 * 1024**3))
+    return LiveServer(node_settings_of(plan, ()), api or ApiSettings(slo_classes=SLO_CLASSES))
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
     """One server for all tests of a module."""
     live = start_server()
+    yield live
+    live.close()
+
+
+@pytest.fixture(scope="session")
+def scripted_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory whose answers are known."""
+    from tests.api.scripted_model import write_scripted_model  # needs torch
+
+    return write_scripted_model(tmp_path_factory.mktemp("scripted"))
+
+
+@pytest.fixture(scope="module")
+def scripted(scripted_dir: Path) -> Iterator[LiveServer]:
+    """One server of that model for all tests of a module."""
+    live = start_scripted(scripted_dir)
     yield live
     live.close()
 
