@@ -2,7 +2,10 @@
 
 import sys
 
-from appliance.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from appliance.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # before `main` could hear it
+        sys.exit(130)

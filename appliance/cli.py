@@ -45,6 +45,13 @@ PRELOAD: Mapping[str, Sequence[str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     timeline = Timeline()
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -69,8 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _last_line(error, code=2)
     except (CheckpointError, CannotServe) as error:
         return _last_line(error, code=1)
-    except KeyboardInterrupt:
-        return 130
 
 
 def _last_line(error: Exception, *, code: int) -> int:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -102,7 +103,7 @@ async def _serve(
         timeline.reached("listening")
         if await _ready(node, signals):
             _announce(plan, node, url=url_of(listener), timeline=timeline, screen=screen)
-            await signals.first
+            await _until_over(node, signals)
         await _drain(node, signals.first.result(), seconds=plan.config.server.drain_seconds)
     except StartFailed as error:
         raise CannotServe(str(error)) from error
@@ -121,6 +122,18 @@ async def _ready(node: Node, signals: Signals) -> bool:
             return False
         raise
     return True
+
+
+async def _until_over(node: Node, signals: Signals) -> None:
+    """Serve until the first signal. Raises `CannotServe` when the node fails: it ended all its
+    answers and serves nothing more, so whoever runs this process should start it again."""
+    failure = node.failure
+    if failure is None:
+        raise RuntimeError("the node was never started")
+    ends: list[asyncio.Future[Any]] = [signals.first, failure]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if failure.done() and not signals.first.done():
+        raise CannotServe(failure.result())
 
 
 def _announce(plan: Plan, node: Node, *, url: str, timeline: Timeline, screen: Screen) -> None:

@@ -38,6 +38,5 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[FaultRule, ...] = ()
     validate: bool = False
     """Check the laws after every step."""
-    journal_path: str | None = None
     log_level: str = "info"
     log_json: bool = False

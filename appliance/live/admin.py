@@ -37,6 +37,20 @@ def state_document(node: "Node", now: float) -> dict[str, Any]:
     }
 
 
+def why_none(node: "Node") -> str:
+    """The last death of each worker, and what helps when the kernel killed them."""
+    causes = [
+        f"worker {spec.id} ({'+'.join(spec.devices)}): {node.dispatcher.last_cause(spec.id)}"
+        for spec in node.settings.workers
+    ]
+    if any("SIGKILL" in cause for cause in causes):
+        causes.append(
+            "SIGKILL is what the kernel's out-of-memory killer sends (see dmesg): "
+            "set kv.memory lower or use fewer workers (--devices)"
+        )
+    return "; ".join(causes)
+
+
 def _worker(node: "Node", view: WorkerView, now: float) -> dict[str, Any]:
     spec = next(spec for spec in node.settings.workers if spec.id == view.id)
     life = node.workers.living.get(view.id)

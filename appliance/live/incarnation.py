@@ -30,6 +30,8 @@ EXIT_GRACE = 0.05
 """Seconds between the end of the channel and the kill of a process that has not exited."""
 GIVE_UP = 1.0
 """Seconds after which a killed process that does not go away is no longer waited for."""
+MAX_LINE_BYTES = 64 * 1024
+"""A longer line on a worker's stderr is cut into several."""
 _LENGTH = struct.Struct("<I")
 
 
@@ -247,6 +249,9 @@ class Incarnation(asyncio.Protocol):
             self._loop.remove_reader(self._stderr_fd)
             return
         *lines, self._half_line = (self._half_line + data).split(b"\n")
+        if len(self._half_line) > MAX_LINE_BYTES:
+            lines.append(self._half_line)
+            self._half_line = b""
         self._say_lines(lines)
 
     def _say_lines(self, lines: Sequence[bytes]) -> None:

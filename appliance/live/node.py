@@ -155,8 +155,7 @@ class Node:
             if self.broken:
                 raise StartFailed(self.broken)
             if self._num_in(WorkerState.QUARANTINED) == len(self.settings.workers):
-                causes = {self.dispatcher.last_cause(spec.id) for spec in self.settings.workers}
-                raise StartFailed("no worker could be started: " + "; ".join(sorted(causes)))
+                raise StartFailed("no worker could be started: " + admin.why_none(self))
             await self._change()
 
     async def drain(self, seconds: float) -> bool:

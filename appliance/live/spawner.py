@@ -63,6 +63,8 @@ class Spawner:
         self._next_key = 0
         self._events: dict[int, ProcessEvents] = {}
         self._pids: dict[int, int] = {}
+        self.is_ready = False
+        """The present fork server has done its imports."""
         self._start()
 
     @property
@@ -92,6 +94,11 @@ class Spawner:
         except OSError:
             self._loop.call_soon(self._lost)
 
+    def kill(self) -> None:
+        """SIGKILL the fork server. Its workers are lost with it, and the next spawn starts another
+        one."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the fork server and whatever it still has as children; returns when it is reaped."""
         self._disconnect()
@@ -112,6 +119,7 @@ class Spawner:
             )
         ours.setblocking(False)
         self._channel = ours
+        self.is_ready = False
 
     def _disconnect(self) -> None:
         if self._loop is not None and self._channel.fileno() >= 0:
@@ -134,6 +142,7 @@ class Spawner:
     def _handle(self, answer: Answer) -> None:
         match answer:
             case Ready():
+                self.is_ready = True
                 self._on_ready()
             case Spawned(key=key, pid=pid):
                 self._pids[key] = pid

@@ -28,6 +28,9 @@ from appliance.live.spawner import Spawner
 
 log = logging.getLogger(__name__)
 
+IMPORT_PATIENCE = 10
+"""How many times `kill_seconds` a fork server may take that has not done its imports yet."""
+
 
 class WatchSettings(Record, frozen=True, kw_only=True):
     """When silence means what; seconds. `interval` is how often the watch looks."""
@@ -239,14 +242,24 @@ class Workers:
         now = self._clock()
         own_delay = now - self._watch_due  # the loop was held up: the silence may be its own
         for worker, life in list(self._living.items()):
-            if life.pid is None:
-                continue
             silence = now - life.heard_at - own_delay
+            if life.pid is None:
+                if silence >= self._unborn_seconds():
+                    words = {"worker": worker, "seconds": silence}
+                    log.error("the fork server does not answer and is killed", extra=words)
+                    self._spawner.kill()
+                    break
+                continue
             if silence >= self._watch_settings.silence_seconds and is_stopped(life.pid):
                 self.kill(worker, f"it was stopped (no sign of life for {silence:.1f} s)")
             elif silence >= self._watch_settings.kill_seconds:
                 self.kill(worker, f"it hung (no sign of life for {silence:.1f} s)")
         self._schedule_watch()
+
+    def _unborn_seconds(self) -> float:
+        """How long the fork server may take to fork; its imports may be slow."""
+        limit = self._watch_settings.kill_seconds
+        return limit if self._spawner.is_ready else IMPORT_PATIENCE * limit
 
 
 def is_stopped(pid: int) -> bool:

@@ -104,3 +104,12 @@ def counts_lives(sock: socket.socket) -> None:
     say(sock, Heartbeat(worker=start.worker, step=life))
     while sock.recv(4096):
         pass
+
+
+def chatters(sock: socket.socket) -> None:
+    """Writes to stderr without ever ending a line."""
+    begin(sock)
+    for _ in range(40):
+        os.write(2, b"x" * 16_384)
+    while True:
+        time.sleep(1)

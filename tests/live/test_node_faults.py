@@ -155,6 +155,17 @@ async def test_a_node_whose_workers_all_crash_says_why_and_ends_what_waits() -> 
         assert node.ready() == (False, "no worker is ready")
 
 
+async def test_r20_workers_that_the_kernel_kills_at_their_start_are_named_with_a_fix() -> None:
+    rule = FaultRule(point="worker.start", action="kill", repeat=True)
+    async with running(make_settings(faults=[rule]), ready=0) as node:
+        with pytest.raises(StartFailed) as caught:
+            await node.wait_ready()
+    words = str(caught.value)
+    assert "worker 0 (paced:0): killed by SIGKILL; worker 1 (paced:1): killed by SIGKILL" in words
+    assert "out-of-memory killer" in words
+    assert "set kv.memory lower or use fewer workers (--devices)" in words
+
+
 async def test_r20_a_refused_start_names_cause_and_fix() -> None:
     settings = make_settings(num_workers=1, profile="no-such-device")
     async with running(settings, ready=0) as node:

@@ -12,7 +12,7 @@ import pytest
 from appliance.core.messages import Heartbeat, Report, WorkerUp
 from appliance.core.start import WorkerStart
 from appliance.core.types import WorkerId
-from appliance.live.incarnation import Incarnation
+from appliance.live.incarnation import MAX_LINE_BYTES, Incarnation
 from appliance.live.settings import NodeSettings
 from appliance.live.spawner import Spawner
 from appliance.live.workers import PoolPlan, WatchSettings, Workers
@@ -218,3 +218,24 @@ async def test_r19_lives_and_deaths_leave_no_descriptor() -> None:
             workers.start(ZERO, life + 1)
             await until(lambda life=life: listener.ups == life + 1)
         assert open_files() == before
+
+
+async def test_r4_a_worker_that_a_stopped_fork_server_never_forks_is_a_death() -> None:
+    async with pool("deaf", kill_seconds=0.6, silence_seconds=30.0) as (workers, listener):
+        stuck = workers._spawner.pid
+        os.kill(stuck, signal.SIGSTOP)
+        workers.kill(ZERO, "for a test")
+        await until(lambda: len(listener.deaths) == 1)
+        workers.start(ZERO, 2)
+        await until(lambda: len(listener.deaths) == 2)
+        assert listener.deaths[1] == (0, 2, "the fork server died")
+        workers.start(ZERO, 3)
+        await until(lambda: listener.ups == 2)
+        assert workers._spawner.pid != stuck
+
+
+async def test_r26_a_line_without_an_end_on_stderr_is_cut() -> None:
+    async with pool("chatters") as (workers, listener):
+        await until(lambda: len(listener.lines) >= 2)
+        assert all(len(line) <= 2 * MAX_LINE_BYTES for line in listener.lines)
+        assert len(workers.living[ZERO]._half_line) <= MAX_LINE_BYTES
