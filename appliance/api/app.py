@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 from aiohttp import web
 
@@ -10,6 +11,7 @@ from appliance.api import admin, chat, completions, health, metrics, models, tok
 from appliance.api.context import CONTEXT, REQUEST_ID, Context, Names, stamp
 from appliance.api.decode import BodyDecoder, too_large
 from appliance.api.errors import STATUS, ApiError, shown
+from appliance.api.grammars import DESK, GrammarDesk
 from appliance.api.metrics import Metrics
 from appliance.api.observe import ApiStats
 from appliance.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -30,6 +32,12 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
     context = Context(node=node, settings=settings, stats=ApiStats(), names=names)
     app[CONTEXT] = context
     app[SPEECH] = speech_of(node.text, settings)
+    app[DESK] = GrammarDesk(
+        Path(node.settings.model_dir) / "tokenizer.json",
+        vocab_size=node.info.vocab_size,
+        ends=node.info.eos_token_ids,
+    )
+    app.on_cleanup.append(_close_desk)
     app[chat.DECODER] = BodyDecoder(ChatBody)
     app[completions.DECODER] = BodyDecoder(CompletionBody)
     app[tokens.TOKENIZE] = BodyDecoder(TokenizeBody)
@@ -115,6 +123,10 @@ def _count(request: web.Request, status: int) -> None:
 async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = request[REQUEST_ID]
     response.headers["Server"] = "appliance"
+
+
+async def _close_desk(app: web.Application) -> None:
+    await app[DESK].close()
 
 
 async def _sample_loop_lag(app: web.Application) -> AsyncIterator[None]:

@@ -9,8 +9,10 @@ from appliance.api.decode import BodyDecoder, read_body
 from appliance.api.dialect import Dialect, PlainDialect
 from appliance.api.errors import ApiError, shown
 from appliance.api.generate import ignored_header, serve
+from appliance.api.grammars import DESK
 from appliance.api.schemas import ChatBody
 from appliance.api.speech import SPEECH, Speech
+from appliance.api.structured import constrained, spoken_plainly
 from appliance.api.targets import slo_of
 from appliance.api.tools import choice_of, tool_use, tools_of
 from appliance.api.turns import turns_of
@@ -34,13 +36,14 @@ async def handle(request: web.Request) -> web.StreamResponse:
         slo_of(body, request.headers, classes=context.settings.slo_classes),
         context.limits,
     )
+    settled = await constrained(request.app[DESK], body, plan)
     job, reading = await prepare(
         context,
         speech,
-        conversation_of(body, speech),
+        spoken_plainly(conversation_of(body, speech), settled.plan, speech),
         name=new_id("chatcmpl"),
-        plan=plan,
-        headers=ignored_header(decoded.ignored),
+        plan=settled.plan,
+        headers=ignored_header((*decoded.ignored, *settled.ignored)),
     )
     dialect: Dialect
     if reading.plain:

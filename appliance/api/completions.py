@@ -1,13 +1,22 @@
 """POST /v1/completions"""
 
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
 from aiohttp import web
 
 from appliance.api.context import CONTEXT, Context, new_id
 from appliance.api.decode import BodyDecoder, read_body
 from appliance.api.dialect import PlainDialect
 from appliance.api.generate import Job, ignored_header, serve
+from appliance.api.grammars import DESK
+from appliance.api.observe import Meter
 from appliance.api.prompts import encode_prompt, prompts_of, room_for
+from appliance.api.render import END, ChunkTemplate
 from appliance.api.schemas import CompletionBody
+from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
+from appliance.api.structured import constrained
 from appliance.api.targets import slo_of
 from appliance.api.validate import Plan, check_model, check_total, plan_of
 
@@ -23,9 +32,51 @@ async def handle(request: web.Request) -> web.StreamResponse:
     check_model(body.model, context.node.info.model)
     slo = slo_of(body, request.headers, classes=context.settings.slo_classes)
     plan = plan_of(body, slo, context.limits)
-    job = await _job(context, body, ignored_header(decoded.ignored), plan)
+    settled = await constrained(request.app[DESK], body, plan)
+    headers = ignored_header((*decoded.ignored, *settled.ignored))
+    job = await _job(context, body, headers, settled.plan)
     dialect = PlainDialect(context, job.plan, name=job.name, chat=False)
+    if body.echo:
+        echoes = await _echoes(context, body, job)
+        dialect = EchoDialect(context, job.plan, name=job.name, echoes=echoes)
     return await serve(context, request, job=job, dialect=dialect)
+
+
+class EchoDialect(PlainDialect):
+    """Answers that begin with their prompt."""
+
+    def __init__(self, context: Context, plan: Plan, *, name: str, echoes: Sequence[str]) -> None:
+        """`echoes`: the text of each prompt."""
+        super().__init__(context, plan, name=name, chat=False)
+        self._echoes = [text for text in echoes for _ in range(plan.n)]
+        self._running_usage = plan.streaming is not None and plan.streaming.continuous_usage
+        self._null_usage = plan.streaming is not None and plan.streaming.include_usage
+
+    def stream_sink(
+        self, stream: EventStream, *, index: int, meter: Meter, leads: bool
+    ) -> BaseSink:
+        template = ChunkTemplate(self.identity, index, chat=False, null_usage=self._null_usage)
+        usage = msgspec.json.encode(stream.usage.document()) if self._running_usage else None
+        text = template.head + msgspec.json.encode(self._echoes[index]) + template.middle
+        stream.write(text + b"null" + template.unfinished + template.usage(usage) + END)
+        return super().stream_sink(stream, index=index, meter=meter, leads=leads)
+
+    def document(self, exchange: Exchange, collected: Sequence[CollectSink]) -> dict[str, Any]:
+        document = super().document(exchange, collected)
+        for choice, echo in zip(document["choices"], self._echoes, strict=True):
+            choice["text"] = echo + choice["text"]
+        return document
+
+
+async def _echoes(context: Context, body: CompletionBody, job: Job) -> list[str]:
+    """Each prompt as it was written; ids as text, with markup only where the answer shows it."""
+    skip = job.plan.sampling.skip_special_tokens
+    return [
+        prompt
+        if isinstance(prompt, str)
+        else await context.node.text.decode(prompt, skip_special_tokens=skip)
+        for prompt in prompts_of(body.prompt, context.limits)
+    ]
 
 
 async def _job(context: Context, body: CompletionBody, headers: dict[str, str], plan: Plan) -> Job:

@@ -72,6 +72,31 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct):
+    """The schema of a `response_format`; without `strict`, what cannot be enforced is ignored."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: msgspec.Raw = msgspec.Raw()
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """What the answer must be: `type` "text", "json_object" or "json_schema"."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """What the answer must be, in one of these forms."""
+
+    json: msgspec.Raw = msgspec.Raw()
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+
+
 class SloBody(msgspec.Struct, forbid_unknown_fields=True):
     """Latency targets of one request, in milliseconds; what is not given comes from the class."""
 
@@ -90,6 +115,15 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: msgspec.Raw = msgspec.Raw()
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
@@ -136,6 +170,8 @@ class CompletionBody(GenerationBody, kw_only=True):
 
     prompt: str | list[str | int | Ids]
     logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -180,20 +216,12 @@ def _never(_: Any) -> bool:
     return False
 
 
-def _text_format(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("type") == "text"
-
-
 Refused: TypeAlias = "Mapping[str, Callable[[Any], bool]]"
 """Field -> does this value leave the answer as it is? `null` always does."""
 
 REFUSED: Refused = {
-    "presence_penalty": _number(0),
-    "frequency_penalty": _number(0),
-    "repetition_penalty": _number(1),
     "length_penalty": _number(1),
     "no_repeat_ngram_size": _number(0),
-    "logit_bias": _empty,
     "logits_processors": _empty,
     "allowed_token_ids": _empty,
     "bad_words": _empty,
@@ -204,7 +232,6 @@ REFUSED: Refused = {
     "prompt_logprobs": _empty,
     "prompt_embeds": _empty,
     "truncate_prompt_tokens": _empty,
-    "response_format": _text_format,
     "tools": _empty,
     "tool_choice": _one_of("none"),
     "functions": _empty,
@@ -218,11 +245,7 @@ REFUSED: Refused = {
     "thinking_token_budget": _empty,
     "verbosity": _one_of("medium"),
     "web_search_options": _never,
-    "guided_json": _empty,
-    "guided_regex": _empty,
-    "guided_choice": _empty,
     "guided_grammar": _empty,
-    "structured_outputs": _empty,
     "chat_template": _empty,
     "documents": _empty,
     "continue_final_message": _empty,

@@ -3,7 +3,7 @@
 Nothing here knows of HTTP or of the node; each refusal names the field and the values it may have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from appliance.api.errors import ApiError, shown
 from appliance.api.schemas import ChatBody, CompletionBody, GenerationBody, StreamOptions
@@ -14,6 +14,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 SEED_RANGE = 2**63
 
 
@@ -57,10 +58,14 @@ def plan_of(body: ChatBody | CompletionBody, slo: Slo, limits: Limits) -> Plan:
     logprobs = chat_logprobs(body) if isinstance(body, ChatBody) else completion_logprobs(body)
     max_tokens = answer_limit(body)
     check_min_tokens(body.min_tokens, max_tokens)
+    n = int(within("n", body.n, 1, low=1, high=limits.max_sequences))
+    if isinstance(body, CompletionBody):
+        check_best_of(body.best_of, n)
+        check_echo(body)
     return Plan(
         sampling=sampling_of(body, logprobs, limits),
         max_tokens=max_tokens,
-        n=int(within("n", body.n, 1, low=1, high=limits.max_sequences)),
+        n=n,
         slo=slo,
         salt=salt_of(body.cache_salt),
         priority=int(within("priority", body.priority, 0, low=-(2**31), high=2**31 - 1)),
@@ -91,6 +96,14 @@ def sampling_of(body: GenerationBody, logprobs: int | None, limits: Limits) -> S
         top_k=top_k,
         top_p=top_p,
         min_p=within("min_p", body.min_p, 0.0, low=0.0, high=1.0),
+        presence_penalty=within("presence_penalty", body.presence_penalty, 0.0, low=-2.0, high=2.0),
+        frequency_penalty=within(
+            "frequency_penalty", body.frequency_penalty, 0.0, low=-2.0, high=2.0
+        ),
+        repetition_penalty=within(
+            "repetition_penalty", body.repetition_penalty, 1.0, low=0.01, high=100.0
+        ),
+        logit_bias=biases_of(body.logit_bias, limits.vocab_size),
         min_tokens=body.min_tokens or 0,
         ignore_eos=bool(body.ignore_eos),
         eos_token_ids=limits.eos_token_ids,
@@ -144,6 +157,43 @@ def stop_ids_of(value: Sequence[int] | None, vocab_size: int) -> tuple[int, ...]
                 "stop_token_ids", f"has {shown(token)}; ids go from 0 to {vocab_size - 1}."
             )
     return ids
+
+
+def biases_of(value: Mapping[str, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """(token id, bias) from a map whose keys are ids in decimal digits."""
+    given = value or {}
+    if len(given) > MAX_BIASES:
+        raise invalid("logit_bias", f"may name at most {MAX_BIASES} tokens, not {len(given)}.")
+    biases: dict[int, float] = {}
+    for name, bias in given.items():
+        plain = name.isascii() and name.isdecimal() and len(name) <= 10
+        if not plain or int(name) >= vocab_size or int(name) in biases:
+            raise invalid(
+                "logit_bias",
+                f"has {shown(name)}; keys are ids from 0 to {vocab_size - 1}, once each.",
+            )
+        biases[int(name)] = within(f"logit_bias.{name}", bias, 0.0, low=-100.0, high=100.0)
+    return tuple(biases.items())
+
+
+def check_best_of(best_of: int | None, n: int) -> None:
+    """Answers are not ranked: as many are made as are given."""
+    if best_of not in (None, 1, n):
+        raise ApiError(
+            f"'best_of' is not supported with the value {shown(best_of)}; it may be 1 or 'n'.",
+            code="unsupported_parameter",
+            param="best_of",
+        )
+
+
+def check_echo(body: CompletionBody) -> None:
+    """The prompt has no log-probabilities here."""
+    if body.echo and body.logprobs is not None:
+        raise ApiError(
+            "'echo' is not supported together with 'logprobs'; leave one of them out.",
+            code="unsupported_parameter",
+            param="echo",
+        )
 
 
 def answer_limit(body: ChatBody | CompletionBody) -> int | None:

@@ -11,6 +11,7 @@ copies together may have used up what one may); if that does not help this answe
 other.
 """
 
+import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ BitMask: TypeAlias = npt.NDArray[np.int32]
 """One bit per token of the vocabulary, low bits first; `[words]`."""
 MOST_KEPT = 32
 """Compiled grammars that a worker remembers."""
+MAX_WORDS = 200
+"""Letters of an error that are passed on."""
 
 
 def limits() -> LLParserLimits:
@@ -46,10 +49,12 @@ class GrammarFailed(Exception):
 class Grammars:
     """Compiled grammars of one worker. Reads the tokenizer when the first one is asked for."""
 
-    def __init__(self, tokenizer: Path, *, vocab_size: int) -> None:
-        """`tokenizer` is a `tokenizer.json`; `vocab_size` the width of the logits."""
+    def __init__(self, tokenizer: Path, *, vocab_size: int, most_kept: int = MOST_KEPT) -> None:
+        """`tokenizer` is a `tokenizer.json`; `vocab_size` the width of the logits; `most_kept` the
+        compiled grammars that are remembered."""
         self._path = tokenizer
         self._vocab_size = vocab_size
+        self._most_kept = most_kept
         self._limits = limits()
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
         self._kept: OrderedDict[tuple[str, tuple[int, ...]], LLMatcher] = OrderedDict()
@@ -66,9 +71,9 @@ class Grammars:
         if anew or key not in self._kept:
             built = LLMatcher(self._tokenizer(ends), text, log_level=0, limits=self._limits)
             if built.is_error():
-                raise GrammarFailed(first_line(built.get_error()))
+                raise GrammarFailed(in_words(built.get_error()))
             self._kept[key] = built
-            if len(self._kept) > MOST_KEPT:
+            if len(self._kept) > self._most_kept:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key].deep_copy()
@@ -109,8 +114,8 @@ class Grammar:
         if not self._filled(self._matcher):
             self._matcher = self._replayed(anew=True)
             if not self._filled(self._matcher):
-                words = first_line(self._matcher.get_error()) or "nothing can follow"
-                raise GrammarFailed(f"after {len(self._said)} tokens: {words}")
+                words = in_words(self._matcher.get_error())
+                raise GrammarFailed(f"after {len(self._said)} tokens {words}")
         return self._mask
 
     def push(self, token: int) -> None:
@@ -151,6 +156,12 @@ def open_tokenizer(path: Path, *, ends: tuple[int, ...], vocab_size: int) -> LLT
     return found
 
 
-def first_line(text: str) -> str:
-    """The library puts details on further lines."""
-    return text.strip().partition("\n")[0]
+def in_words(error: str) -> str:
+    """What the library says of a grammar, as one short line."""
+    if not error or error.startswith("NoExtension"):
+        return "no text can follow"
+    found = re.search(r"^\s*error: (.+)$", error, re.M) or re.search(
+        r"\(in regex\): (.+)$", error, re.M
+    )
+    line = found[1] if found else error.strip().partition("\n")[0]
+    return line if len(line) <= MAX_WORDS else line[: MAX_WORDS - 3] + "..."

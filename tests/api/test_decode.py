@@ -107,12 +107,8 @@ def test_integers_are_taken_for_floats_and_null_for_absent():
 
 
 MATTERS = {
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.1,
-    "repetition_penalty": 1.1,
     "length_penalty": 2,
     "no_repeat_ngram_size": 3,
-    "logit_bias": {"5": 10},
     "logits_processors": ["x"],
     "allowed_token_ids": [1],
     "bad_words": ["no"],
@@ -123,7 +119,6 @@ MATTERS = {
     "prompt_logprobs": 1,
     "prompt_embeds": "AAAA",
     "truncate_prompt_tokens": 5,
-    "response_format": {"type": "json_object"},
     "tools": [{"type": "function"}],
     "tool_choice": "auto",
     "functions": [{"name": "f"}],
@@ -137,11 +132,7 @@ MATTERS = {
     "thinking_token_budget": 5,
     "verbosity": "high",
     "web_search_options": {},
-    "guided_json": {"type": "object"},
-    "guided_regex": "a+",
-    "guided_choice": ["a"],
     "guided_grammar": "root ::= x",
-    "structured_outputs": {"regex": "a"},
     "chat_template": "{{ messages }}",
     "documents": [{"text": "x"}],
     "continue_final_message": True,

@@ -260,10 +260,15 @@ async def test_a_repeated_prompt_is_found_in_the_cache(client):
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"presence_penalty": 1}, "presence_penalty", "unsupported_parameter"),
-        ({"frequency_penalty": 1}, "frequency_penalty", "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"1024": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"extra_body": {"best_of": 2}}, "best_of", "unsupported_parameter"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools",
          "unsupported_parameter"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
@@ -374,7 +379,7 @@ async def test_completion_logprobs_are_columns(client):
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
         ({"best_of": 3}, "best_of", "unsupported_parameter"),
         ({"suffix": "end"}, "suffix", "unsupported_parameter"),
         ({"prompt": []}, "prompt", "invalid_value"),
@@ -385,9 +390,8 @@ async def test_completion_logprobs_are_columns(client):
         ({"prompt": "x", "max_tokens": 2048}, "max_tokens", "context_length_exceeded"),
         ({"logprobs": 50}, "logprobs", "invalid_value"),
         ({"stop": [""]}, "stop", "invalid_value"),
-        ({"extra_body": {"repetition_penalty": 1.2}}, "repetition_penalty",
-         "unsupported_parameter"),
-        ({"extra_body": {"guided_regex": "a*"}}, "guided_regex", "unsupported_parameter"),
+        ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty", "invalid_value"),
+        ({"extra_body": {"guided_regex": "a*"}}, "ignore_eos", "unsupported_parameter"),
         ({"extra_body": {"stop_token_ids": [99999]}}, "stop_token_ids", "invalid_value"),
     ],
 )  # fmt: skip
@@ -395,6 +399,29 @@ async def test_completion_refusals_name_the_field(client, fields, param, code):
     with pytest.raises(openai.BadRequestError) as caught:
         await complete(client, **fields)
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_echo_puts_the_prompt_before_each_answer(client, n):
+    prompts: Any = ["red fox", "blue"]
+    fields = {"prompt": prompts, "n": n, "seed": 3, "best_of": n}
+    plain = await complete(client, **fields)
+    echoed = await complete(client, echo=True, **fields)
+    want = [prompts[i // n] + choice.text for i, choice in enumerate(plain.choices)]
+    assert [choice.text for choice in echoed.choices] == want
+    assert echoed.usage == plain.usage
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await gather(
+        await complete(client, echo=True, stream=True, stream_options=options, **fields)
+    )
+    assert texts(chunks) == dict(enumerate(want))
+    assert all(chunk.usage is not None for chunk in chunks)
+
+
+async def test_echo_of_ids_is_their_text(client):
+    ids = (await post_json(client, "/tokenize", prompt="red fox"))["tokens"]
+    answer = await complete(client, prompt=ids, echo=True, seed=1)
+    assert answer.choices[0].text.startswith("red fox")
 
 
 async def test_tokenize_and_detokenize_are_inverse(client):

@@ -1,0 +1,240 @@
+"""The program that tries out grammars before a worker sees them; a process of its own.
+
+Compiling a grammar takes a millisecond as a rule, and for some grammars minutes or all memory: the
+library bounds much of its work and not all of it. So what a client sends is compiled here first,
+in a process that the server ends when it takes too long. What passes has been compiled as workers
+do it, within their limits, and has been walked through for some tokens.
+
+One line of JSON in, one line out: `Check` and `Verdict`; the first line out says that the program
+is ready. The program ends with its input.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import numpy as np
+from llguidance import LLMatcher, grammar_from
+
+from appliance.core.types import Record
+from appliance.worker.grammar import GrammarFailed, Grammars, in_words
+
+MAX_BUILD_SECONDS = 0.5
+MAX_STEP_SECONDS = 0.1
+"""Processor time of compiling with the first mask, and of any further mask."""
+WALKS = 2
+WALK_TOKENS = 64
+MAX_NESTED_REPEATS = 2_000
+"""Copies that repetitions within repetitions of a pattern may amount to."""
+MAX_DIVISOR = 10_000
+"""Least common multiple of all `multipleOf`, as whole numbers; its automaton grows with the
+square."""
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""On one line, at most one space behind a comma or a colon: with free white space a model may write
+nothing else for ever."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Check(Record, frozen=True, kw_only=True):
+    """A grammar to be tried: `kind` "json_schema" (`text`: the schema), "regex", "choice" (a JSON
+    list of strings) or "lark". With `lenient`, what cannot be enforced is left out and told."""
+
+    kind: str
+    text: str
+    lenient: bool = False
+
+
+class Verdict(Record, frozen=True, kw_only=True):
+    """The grammar as workers take it, and what it does not enforce; or an `error` in words."""
+
+    grammar: str = ""
+    ignored: tuple[str, ...] = ()
+    error: str = ""
+
+
+class Unfit(Exception):
+    """Why a grammar is not served."""
+
+
+class Checker:
+    """Tries grammars with one tokenizer."""
+
+    def __init__(self, tokenizer: Path, *, vocab_size: int, ends: tuple[int, ...]) -> None:
+        self._grammars = Grammars(tokenizer, vocab_size=vocab_size, most_kept=1)
+        self._ends = ends
+        self._grammars.num_words(ends)
+
+    def check(self, check: Check) -> Verdict:
+        """Compile and walk. Never raises for what a client can send."""
+        try:
+            text = grammar_of(check)
+            failed, messages = LLMatcher.validate_grammar_with_warnings(text)
+            if failed:
+                raise Unfit(in_words(messages[0]))
+            self._walk(text)
+        except (Unfit, GrammarFailed) as error:
+            return Verdict(error=str(error))
+        return Verdict(grammar=text, ignored=tuple(messages))
+
+    def _walk(self, text: str) -> None:
+        """Say what the grammar allows, at random, and look at what each step costs."""
+        for seed in range(WALKS):
+            random, began = Random(seed), time.thread_time()
+            grammar = self._grammars.open(text, ends=self._ends, emitted=())
+            limit = MAX_BUILD_SECONDS
+            for _ in range(WALK_TOKENS):
+                bits = np.unpackbits(grammar.look().view(np.uint8), bitorder="little")
+                now = time.thread_time()
+                if now - began > limit:
+                    raise Unfit("it takes too long to follow")
+                allowed = bits.nonzero()[0]
+                token = int(allowed[random.randrange(len(allowed))])
+                if token in self._ends:
+                    break
+                began, limit = now, MAX_STEP_SECONDS
+                grammar.push(token)
+
+
+def grammar_of(check: Check) -> str:
+    """The grammar in the library's notation. Raises `Unfit`."""
+    match check.kind:
+        case "json_schema":
+            return _json_grammar(check.text, lenient=check.lenient)
+        case "regex":
+            refuse_repeats([check.text])
+            return str(grammar_from("regex", check.text))
+        case "choice":
+            return str(grammar_from("choice", check.text))
+        case "lark":
+            return str(grammar_from("lark", check.text))
+        case other:
+            raise Unfit(f"{other!r} is not a kind of grammar")
+
+
+def _json_grammar(text: str, *, lenient: bool) -> str:
+    try:
+        schema = json.loads(text)
+        if not isinstance(schema, dict):
+            raise Unfit("it is not a JSON object")
+        words = [*_keywords(schema)]
+        refuse_repeats(value for key, value in words if key == "pattern")
+        refuse_repeats(key for _, value in words if isinstance(value, dict) for key in value)
+        refuse_divisors(value for key, value in words if key == "multipleOf")
+        options = {**JSON_STYLE, "lenient": True} if lenient else JSON_STYLE
+        styled = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
+    except RecursionError as error:
+        raise Unfit("it is nested too deeply") from error
+    except ValueError as error:
+        raise Unfit(f"it is not valid JSON: {error}") from error
+    return json.dumps({"grammars": [{"json_schema": json.loads(styled)}]})
+
+
+def _keywords(schema: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Every key and value within; keys are keywords or names of properties."""
+    todo: list[Any] = [schema]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+
+
+def refuse_repeats(patterns: Iterable[Any]) -> None:
+    """Raise `Unfit` for a pattern whose repetitions within repetitions amount to too many copies:
+    `(a{300}){300}`."""
+    for pattern in patterns:
+        if isinstance(pattern, str) and nested_repeats(pattern) > MAX_NESTED_REPEATS:
+            raise Unfit("a pattern has repetitions within repetitions that amount to too much")
+
+
+def nested_repeats(pattern: str) -> int:
+    """Largest product of the counts of repetitions, two or more of them, one within the other."""
+    deepest = [(1, 0)]  # per open group: largest product of what is repeated in it, how many
+    closed, best, position = (1, 0), 1, 0
+    while position < len(pattern):
+        letter = pattern[position]
+        position += 1
+        if letter == "\\":
+            closed, position = (1, 0), position + 1
+        elif letter == "[":
+            closed, position = (1, 0), _class_end(pattern, position)
+        elif letter == "(":
+            deepest.append((1, 0))
+        elif letter == ")" and len(deepest) > 1:
+            closed = deepest.pop()
+            deepest[-1] = max(deepest[-1], closed)
+        elif letter == "{" and (count := _count(pattern, position)) is not None:
+            product, depth = closed[0] * count, closed[1] + 1
+            deepest[-1] = max(deepest[-1], (product, depth))
+            closed = (product, depth)
+            if depth > 1:
+                best = max(best, product)
+        elif letter not in "*+?":
+            closed = (1, 0)
+    return best
+
+
+def _class_end(pattern: str, position: int) -> int:
+    """Behind the bracket that closes a class of letters."""
+    if pattern.startswith("^", position):
+        position += 1
+    position += 1  # a bracket that comes first is a letter
+    while position < len(pattern) and pattern[position] != "]":
+        position += 2 if pattern[position] == "\\" else 1
+    return position + 1
+
+
+def _count(pattern: str, position: int) -> int | None:
+    """The larger number of `{m}`, `{m,}` or `{m,n}`; None when it is none of them."""
+    inside, brace, _ = pattern[position : position + 24].partition("}")
+    numbers = inside.split(",")
+    if not brace or not numbers[0].isdecimal() or len(numbers) > 2:
+        return None
+    return max(1, *(int(number) for number in numbers if number.isdecimal()))
+
+
+def refuse_divisors(values: Iterable[Any]) -> None:
+    """Raise `Unfit` when the divisors together need too large an automaton."""
+    numbers = [abs(Fraction(str(value))) for value in values if type(value) in (int, float)]
+    whole = [number.numerator for number in numbers if number]
+    if whole and math.lcm(*whole) > MAX_DIVISOR:
+        raise Unfit(f"'multipleOf' is served up to {MAX_DIVISOR} (common multiple of all of them)")
+
+
+def main() -> None:
+    """Serve checks from standard input until it ends. Arguments: tokenizer, vocabulary size, end
+    tokens as a JSON list."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    tokenizer, vocab_size, ends = sys.argv[1:]
+    said = msgspec.json.Encoder()
+    try:
+        checker = Checker(Path(tokenizer), vocab_size=int(vocab_size), ends=tuple(json.loads(ends)))
+    except GrammarFailed as error:
+        _say(said.encode(Verdict(error=str(error))))
+        return
+    _say(said.encode(Verdict()))
+    heard = msgspec.json.Decoder(Check)
+    for line in sys.stdin.buffer:
+        _say(said.encode(checker.check(heard.decode(line))))
+
+
+def _say(line: bytes) -> None:
+    os.write(sys.stdout.fileno(), line + b"\n")
+
+
+if __name__ == "__main__":
+    main()
