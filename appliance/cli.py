@@ -160,4 +160,5 @@ def _configuration(options: argparse.Namespace) -> "Config":
     for assignment in options.set:
         section, key, value = parse_assignment(assignment)
         overrides.setdefault(section, {})[key] = value
-    return load(find_file(options.config, directory=Path.cwd()), overrides)
+    flags = {f"{section}.{key}": flag for flag, section, key, _, _ in FLAGS}
+    return load(find_file(options.config, directory=Path.cwd()), overrides, flags=flags)

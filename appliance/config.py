@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from appliance.config_words import expected_words
 from appliance.core.faults import FaultPlan, FaultPlanError, FaultRule
 from appliance.core.types import WorkerId
 
@@ -191,10 +192,16 @@ def find_file(given: str | None, *, directory: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def load(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
+def load(
+    path: Path | None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    flags: Mapping[str, str] | None = None,
+) -> Config:
     """Read `path` (None: nothing), lay `overrides` (section -> key -> value) over it, check all.
 
-    Raises `ConfigError`."""
+    Raises `ConfigError` that says where the mistake is: in the file, or, if that is fine by itself,
+    on the command line (`flags`: the flag that set "section.key", otherwise it was `--set`)."""
     table: dict[str, Any] = {}
     if path is not None:
         try:
@@ -206,7 +213,17 @@ def load(path: Path | None, overrides: Mapping[str, Mapping[str, Any]] | None = 
     try:
         return from_table(_merged(table, overrides or {}))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from error
+        given = flags if flags is not None else {}
+        culprit = path if _is_refused(table) else given.get(str(error).partition(" = ")[0], "--set")
+        raise ConfigError(f"{culprit}: {error}") from error
+
+
+def _is_refused(table: Mapping[str, Any]) -> bool:
+    try:
+        from_table(table)
+    except ConfigError:
+        return True
+    return False
 
 
 def from_table(table: Mapping[str, Any]) -> Config:
@@ -301,8 +318,11 @@ def _value(kind: Any, raw: Any, name: str) -> Any:
             raw = parse_size(raw)
         return msgspec.convert(raw, kind, strict=True)
     except (ValueError, msgspec.ValidationError) as error:
-        reason = str(error).replace("`", "")
-        raise ConfigError(f"{name} = {raw!r}: {reason[0].lower() + reason[1:]}") from error
+        schema = isinstance(error, msgspec.ValidationError)
+        expected = expected_words(msgspec.inspect.type_info(kind)) if schema else ""
+        reason = f"expected {expected}" if expected else str(error).replace("`", "")
+        shown = str(raw).lower() if isinstance(raw, bool) else repr(raw)
+        raise ConfigError(f"{name} = {shown}: {reason[0].lower() + reason[1:]}") from error
 
 
 def _is_size(kind: Any) -> bool:

@@ -151,7 +151,13 @@ def _dtype(config: Config) -> DType:
 
 
 def _served_name(config: Config, checkpoint: Checkpoint) -> str:
-    return checkpoint.name if config.model.served_name == "auto" else config.model.served_name
+    name = config.model.served_name
+    if not name.strip() or not name.isprintable():
+        raise ConfigError(
+            f"model.served_name = {name!r} (--served-model-name): requests could not use this "
+            'name; write printable text, or "auto" for the name of the directory'
+        )
+    return checkpoint.name if name == "auto" else name
 
 
 def _threads(config: Config, *, cores: int, num_workers: int) -> int:

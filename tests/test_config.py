@@ -84,14 +84,22 @@ def test_order_of_search_is_given_then_local_then_built_in(tmp_path: Path) -> No
         ("[servr]\nport = 1", "unknown section servr; did you mean server?"),
         ("[kv]\nzzz = 1", "unknown key kv.zzz; known: block_tokens, memory, prefix_cache"),
         ("[slo.chat]\ntftt_ms = 1", "unknown key slo.chat.tftt_ms; did you mean slo.chat.ttft_ms?"),
-        ("[server]\nport = 70000", "server.port = 70000: expected int <= 65535"),
-        ("[server]\nport = '80'", "server.port = '80': expected int, got str"),
-        ("[batch]\nmax_num_seqs = true", "batch.max_num_seqs = True: expected int, got bool"),
-        ("[batch]\nmax_num_seqs = 0", "batch.max_num_seqs = 0: expected int >= 1"),
-        ("[batch]\ndepth = 3", "batch.depth = 3: expected int <= 2"),
+        ("[server]\nport = 70000", "server.port = 70000: expected an integer from 0 to 65535"),
+        ("[server]\nport = '80'", "server.port = '80': expected an integer from 0 to 65535"),
+        (
+            "[batch]\nmax_num_seqs = true",
+            "batch.max_num_seqs = true: expected an integer of at least 1",
+        ),
+        ("[batch]\nmax_num_seqs = 0", "batch.max_num_seqs = 0: expected an integer of at least 1"),
+        ("[batch]\ndepth = 3", "batch.depth = 3: expected an integer from 0 to 2"),
         ("[kv]\nmemory = '12 parsecs'", "kv.memory = '12 parsecs': '12 parsecs' is not a size"),
-        ("[kv]\nmemory = false", "kv.memory = False"),
-        ("[log]\nformat = 'xml'", "log.format = 'xml': invalid enum value 'xml'"),
+        (
+            "[kv]\nmemory = false",
+            "kv.memory = false: expected an integer of at least 1 (bytes), or",
+        ),
+        ("[kv]\nprefix_cache = 1", "kv.prefix_cache = 1: expected true or false"),
+        ("[workers]\nheartbeat_ms = 0", "workers.heartbeat_ms = 0: expected a number above 0"),
+        ("[log]\nformat = 'xml'", "log.format = 'xml': expected one of: human, json"),
         ("[slo]\ndefault = 3", "slo.default: is a section; write [slo.default]"),
         ("server = 3", "server: is a section; write [server]"),
         ("[server", "is not TOML"),
@@ -105,6 +113,27 @@ def test_R20_what_cannot_be_used_is_refused_by_name(tmp_path: Path, text: str, w
     assert words in said
     assert said.startswith(str(tmp_path / "given.toml"))
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"server": {"port": 70000}}, "--port: server.port = 70000: expected an integer from 0"),
+        ({"server": {"prot": 1}}, "--set: unknown key server.prot"),
+        ({"batch": {"max_batch_tokens": 1}}, "--set: batch.max_batch_tokens = 1: must not be"),
+    ],
+)
+def test_R20_a_mistake_on_the_command_line_is_not_blamed_on_the_file(
+    tmp_path: Path, overrides: dict[str, dict[str, Any]], words: str
+) -> None:
+    path = write(tmp_path, "[server]\nport = 1\n")
+    for source in (path, None):
+        with pytest.raises(ConfigError, match="^" + re.escape(words)):
+            load(source, overrides, flags={"server.port": "--port"})
+    broken = write(tmp_path, "[server]\nport = -1\n")
+    with pytest.raises(ConfigError, match=r"given\.toml: server\.port = -1"):
+        load(broken, {"server": {"host": "::1"}}, flags={"server.port": "--port"})
+    assert load(broken, {"server": {"port": 1}}).server.port == 1
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:

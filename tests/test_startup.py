@@ -152,3 +152,10 @@ def test_defaults_plan_on_this_machine() -> None:
     machine = read_machine(cores=2)
     devices = plan_devices("cpu:1", cores=2, count_gpus=lambda: 0)
     assert make_plan(Config(), devices, machine=machine).num_blocks > 0
+
+
+@pytest.mark.parametrize("name", ["", "  ", "two\nlines"])
+def test_R20_a_name_that_no_request_could_use_is_refused(name: str) -> None:
+    words = refused(model={"served_name": name})
+    assert "(--served-model-name)" in words
+    assert 'write printable text, or "auto"' in words

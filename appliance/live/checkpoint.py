@@ -80,7 +80,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config_path = directory / "config.json"
     config = read_json(config_path)
     if config is None:
-        raise CheckpointError(f"{config_path} is missing; {directory} is not a model directory")
+        raise CheckpointError(
+            f"{config_path} is missing: {directory} is not a model directory; set [model] path "
+            "(--model) to one with config.json, tokenizer.json and safetensors files"
+        )
     generation = read_json(directory / "generation_config.json") or {}
     try:
         shape = parse_config(config, generation_config=generation)
