@@ -108,6 +108,11 @@ class Dispatcher:
         record = self._state.requests.get(request_id)
         return None if record is None else record.state
 
+    def is_on_trial(self, request_id: RequestId) -> bool:
+        """Whether a live request is at its worker as a suspect (`appliance.core.isolation`)."""
+        record = self._state.requests.get(request_id)
+        return record is not None and record.isolated
+
     def emitted_tokens(self, request_id: RequestId) -> int:
         """Tokens that count as sent for a live request; 0 for others."""
         record = self._state.requests.get(request_id)

@@ -5,9 +5,15 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from appliance.core.dispatcher import Dispatcher
+from appliance.core.journal import load
+from appliance.core.messages import Assign
+from appliance.policy import make_policy
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(240)]
 
@@ -132,3 +138,44 @@ async def test_R6_a_worker_that_cannot_start_is_quarantined_and_the_service_stay
         await asyncio.sleep(0.1)
     answer = await streaming(server.url, bodies(1, 8)[0])
     assert answer.finish == ["length"]
+
+
+def tried_to_the_end(journal: Path) -> tuple[int, list[int]]:
+    """How many trials the node that wrote this journal began, and which requests completed their
+    answers while they were on trial."""
+    header, records = load(journal.read_bytes().splitlines())
+    policy = make_policy(header.policy, header.settings)
+    twin = Dispatcher(header.config, workers=header.workers, policy=policy.dispatch)
+    trials, ended = 0, []
+    for entry in records:
+        over = [end.id for end in getattr(entry.input, "finished", ())]
+        ended += [id_ for id_ in over if twin.is_on_trial(id_)]
+        said = twin.handle(entry.input, entry.now)
+        assert said == entry.outputs
+        placed = [output.request.id for output in said if isinstance(output, Assign)]
+        trials += sum(twin.is_on_trial(id_) for id_ in placed)
+    return trials, ended
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.0])
+async def test_R5_R27_two_deaths_leave_nobody_alone_to_the_end_of_an_answer(
+    serve: Any, streaming: Any, new_answer: Any, tmp_path: Path, pause: float
+) -> None:
+    journal = tmp_path / "journal"
+    server = serve("--devices", "paced:4", "--set", f"journal.path={journal}", workers=4)
+    work = bodies(16, 300)
+    expected = await asyncio.gather(*(streaming(server.url, body) for body in work))
+    victims = [server.pid(worker) for worker in (0, 1)]
+
+    def hit() -> None:
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(pause)
+
+    answers = await disturbed(server, streaming, new_answer, work, hit)
+    check_same(answers, expected)
+    server.stop()
+
+    trials, ended = tried_to_the_end(journal)
+    assert ended == []
+    assert trials <= len(work)
