@@ -14,7 +14,13 @@ from appliance.api.errors import STATUS, ApiError, shown
 from appliance.api.grammars import DESK, GrammarDesk
 from appliance.api.metrics import Metrics
 from appliance.api.observe import ApiStats
-from appliance.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from appliance.api.schemas import (
+    COMPLETIONS_REFUSED,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
 from appliance.api.settings import ApiSettings
 from appliance.api.speech import SPEECH, speech_of
 from appliance.core.types import ErrorKind
@@ -39,7 +45,7 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
     )
     app.on_cleanup.append(_close_desk)
     app[chat.DECODER] = BodyDecoder(ChatBody)
-    app[completions.DECODER] = BodyDecoder(CompletionBody)
+    app[completions.DECODER] = BodyDecoder(CompletionBody, refused=COMPLETIONS_REFUSED)
     app[tokens.TOKENIZE] = BodyDecoder(TokenizeBody)
     app[tokens.DETOKENIZE] = BodyDecoder(DetokenizeBody)
     app[metrics.METRICS] = Metrics(node, context.stats)

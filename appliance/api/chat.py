@@ -8,7 +8,7 @@ from appliance.api.conversation import Conversation, prepare
 from appliance.api.decode import BodyDecoder, read_body
 from appliance.api.dialect import Dialect, PlainDialect
 from appliance.api.errors import ApiError, shown
-from appliance.api.generate import ignored_header, serve
+from appliance.api.generate import ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
 from appliance.api.schemas import ChatBody
 from appliance.api.speech import SPEECH, Speech
@@ -43,7 +43,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
         spoken_plainly(conversation_of(body, speech), settled.plan, speech),
         name=new_id("chatcmpl"),
         plan=settled.plan,
-        headers=ignored_header((*decoded.ignored, *settled.ignored)),
+        headers=ignored_header((*decoded.ignored, *settled.ignored, *unused_fields(context, plan))),
     )
     dialect: Dialect
     if reading.plain:

@@ -9,7 +9,7 @@ from aiohttp import web
 from appliance.api.context import CONTEXT, Context, new_id
 from appliance.api.decode import BodyDecoder, read_body
 from appliance.api.dialect import PlainDialect
-from appliance.api.generate import Job, ignored_header, serve
+from appliance.api.generate import Job, ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
 from appliance.api.observe import Meter
 from appliance.api.prompts import encode_prompt, prompts_of, room_for
@@ -33,7 +33,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     slo = slo_of(body, request.headers, classes=context.settings.slo_classes)
     plan = plan_of(body, slo, context.limits)
     settled = await constrained(request.app[DESK], body, plan)
-    headers = ignored_header((*decoded.ignored, *settled.ignored))
+    headers = ignored_header((*decoded.ignored, *settled.ignored, *unused_fields(context, plan)))
     job = await _job(context, body, headers, settled.plan)
     dialect = PlainDialect(context, job.plan, name=job.name, chat=False)
     if body.echo:

@@ -9,6 +9,7 @@ of a hundred thousand ids costs no more than it must.
 import json
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from appliance.api.errors import ApiError, shown
 from appliance.api.schemas import REFUSED, Refused, fields_of
+from appliance.api.unknown import kinds_of, unknown_fields
 
 B = TypeVar("B", bound=msgspec.Struct)
 
@@ -81,6 +83,7 @@ class BodyDecoder(Generic[B]):
             dict[str, msgspec.Raw]
         )
         self._known = fields_of(schema)
+        self._kinds = kinds_of(schema)
         self._refused = refused
 
     def decode(self, data: bytes) -> Decoded[B]:
@@ -94,7 +97,7 @@ class BodyDecoder(Generic[B]):
             raise _malformed(f"The body is not valid UTF-8 (byte {error.start}).") from error
         try:
             fields = self._fields.decode(data)
-            check_duplicates(data, fields)
+            objects = check_duplicates(data, fields)
             refuse_unsupported(fields, known=self._known, refused=self._refused)
             body = self._decoder.decode(data)
         except msgspec.ValidationError as error:
@@ -111,15 +114,28 @@ class BodyDecoder(Generic[B]):
             raise _malformed(
                 f"The body is not valid JSON: {shown(str(error), limit=160)}"
             ) from error
-        return Decoded(body, _ignored(fields, self._known | self._refused.keys()))
+        return Decoded(body, self._ignored(fields, objects))
+
+    def _ignored(
+        self, fields: Mapping[str, msgspec.Raw], objects: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        known = self._known | self._refused.keys()
+        names = dict.fromkeys(name for name in fields if name not in known)
+        for name, value in objects.items():
+            if name in self._kinds:
+                names.update(dict.fromkeys(unknown_fields(value, self._kinds[name], name)))
+        plain = (name if _PLAIN_NAME.fullmatch(name) else "?" for name in names)
+        return tuple(islice(plain, MAX_NAMED))
 
 
-def check_duplicates(data: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
-    """Raise unless every key of every object in `data` is given once.
+def check_duplicates(data: bytes, fields: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
+    """Raise unless every key of every object in `data` is given once; the values, as plain Python,
+    of those top-level fields that have objects in them.
 
     `fields` are the top-level fields of `data`, for a key given twice the last one; so each key's
     value must be found in `data` right behind the key."""
     position, seen = data.index(b"{") + 1, set()
+    objects: dict[str, Any] = {}
     while key := _KEY.match(data, position):
         name = str(msgspec.json.decode(key[1]))
         value = bytes(fields[name])
@@ -130,7 +146,10 @@ def check_duplicates(data: bytes, fields: Mapping[str, msgspec.Raw]) -> None:
         seen.add(name)
         position = end.end()
         if value[:1] in b"[{" and b"{" in value:
-            json.loads(value, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+            objects[name] = json.loads(
+                value, object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+            )
+    return objects
 
 
 def refuse_unsupported(
@@ -162,12 +181,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def _ignored(fields: Mapping[str, msgspec.Raw], known: frozenset[str]) -> tuple[str, ...]:
-    names = [name for name in fields if name not in known]
-    plain = [name if _PLAIN_NAME.fullmatch(name) else "?" for name in names[:MAX_NAMED]]
-    return tuple(plain)
 
 
 def _malformed(message: str) -> ApiError:

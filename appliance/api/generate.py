@@ -214,6 +214,12 @@ def _log_end(request: web.Request, job: Job, exchange: Exchange | None) -> None:
     )
 
 
+def unused_fields(context: Context, plan: Plan) -> tuple[str, ...]:
+    """Fields that were understood and that this node's policy does not look at: first come, first
+    served knows no priority."""
+    return ("priority",) if plan.priority and context.node.info.policy == "fcfs" else ()
+
+
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
     """The header that names the fields nobody looked at."""
     return {"x-appliance-ignored": ",".join(names)} if names else {}

@@ -139,6 +139,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     tpot_slo_ms: float | None = None
     ttlt_slo_ms: float | None = None
     priority: int | None = None
+    """Not looked at by the policy fcfs, which says so in x-appliance-ignored."""
     cache_salt: str | None = None
     add_special_tokens: bool | None = None
     user: str | None = None
@@ -256,3 +257,6 @@ REFUSED: Refused = {
     "return_token_ids": _empty,
 }
 """Of chat and plain completions."""
+
+COMPLETIONS_REFUSED: Refused = {**REFUSED, "max_completion_tokens": _never, "top_logprobs": _never}
+"""Of plain completions, where `max_tokens` and `logprobs` mean these."""

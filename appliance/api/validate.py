@@ -244,9 +244,13 @@ def streaming_of(stream: bool | None, options: StreamOptions | None) -> Streamin
         return None
     if options is None:
         return Streaming()
+    if options.continuous_usage_stats and not options.include_usage:
+        raise invalid(
+            "stream_options.continuous_usage_stats", "needs 'stream_options.include_usage': true."
+        )
     return Streaming(
         include_usage=bool(options.include_usage),
-        continuous_usage=bool(options.include_usage) and bool(options.continuous_usage_stats),
+        continuous_usage=bool(options.continuous_usage_stats),
     )
 
 

@@ -6,7 +6,13 @@ import pytest
 
 from appliance.api.decode import BodyDecoder
 from appliance.api.errors import ApiError
-from appliance.api.schemas import REFUSED, ChatBody, CompletionBody, fields_of
+from appliance.api.schemas import (
+    COMPLETIONS_REFUSED,
+    REFUSED,
+    ChatBody,
+    CompletionBody,
+    fields_of,
+)
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -205,3 +211,35 @@ def test_r21_unknown_fields_are_accepted_and_named():
 def test_the_names_of_ignored_fields_are_bounded():
     body = {"prompt": "x", **{f"field{i}": i for i in range(1000)}}
     assert len(BodyDecoder(CompletionBody).decode(json.dumps(body).encode()).ignored) == 32
+
+
+def test_fields_inside_objects_that_nobody_looks_at_are_named():
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}", "x": 1}}
+    body = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {}}]},
+            {"role": "user", "content": "hi", "cache_control": {"type": "ephemeral"}},
+            {"role": "assistant", "tool_calls": [call], "cache_control": None},
+        ],
+        "chat_template_kwargs": {"anything": {"goes": 1}},
+        "stream": True,
+        "stream_options": {"include_usage": True, "chunk_size": 3},
+        "nothing": 1,
+    }
+    decoded = BodyDecoder(ChatBody).decode(json.dumps(body).encode())
+    assert decoded.ignored == (
+        "nothing",
+        "messages.content.cache_control",
+        "messages.cache_control",
+        "messages.tool_calls.function.x",
+        "stream_options.chunk_size",
+    )
+
+
+@pytest.mark.parametrize("name", ["max_completion_tokens", "top_logprobs"])
+def test_r21_names_of_chat_are_refused_in_plain_completions(name):
+    with pytest.raises(ApiError) as caught:
+        BodyDecoder(CompletionBody, refused=COMPLETIONS_REFUSED).decode(
+            json.dumps({"prompt": "x", name: 5}).encode()
+        )
+    assert (caught.value.body.code, caught.value.body.param) == ("unsupported_parameter", name)
