@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from appliance import __version__
 from appliance.startup import Plan, shown_bytes
-from appliance.worker.profiles import PROFILES
+from appliance.worker.profiles import device_profile
 
 
 class Screen:
@@ -57,7 +57,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     each = f", {plan.threads} threads each" if plan.threads > 1 else ""
     yield "devices", f"{len(workers)} {_plural('worker', len(workers))} on {names}{each}"
     if plan.devices.kind == "paced":
-        profile = PROFILES[plan.devices.profile]
+        profile = device_profile(plan.devices.profile)
         yield "profile", f"{profile.name}: {profile.note}; tokens are drawn, not computed"
     roles = ", ".join(f"{worker.id} {worker.role}" for worker in workers)
     yield "roles", roles

@@ -24,7 +24,7 @@ from appliance.core.types import BatcherConfig, Record
 from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
-from appliance.worker.profiles import KV_SLOT_BYTES, PROFILES, paced_kv_slab_bytes
+from appliance.worker.profiles import KV_SLOT_BYTES, device_profile, paced_kv_slab_bytes
 
 AUTO_KV_BYTES = 256 * 1024**2
 AUTO_KV_SHARE = 0.25
@@ -198,7 +198,7 @@ def _lengths(
     if memory != "auto":
         num_blocks = memory // block_bytes
     elif devices.kind == "paced":
-        num_blocks = PROFILES[devices.profile].kv_tokens // block_tokens
+        num_blocks = device_profile(devices.profile).kv_tokens // block_tokens
     else:
         good = max(AUTO_KV_BYTES // block_bytes, 2 * longest)
         most_useful = longest * config.batch.max_num_seqs

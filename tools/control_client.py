@@ -114,11 +114,21 @@ class Stream:
         if not data:
             self.ended = True
             return
+        if not self.num_bytes and not data.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"stream {self.index} was answered {data[:500]!r}")
         self.num_bytes += len(data)
         chunks = data.count(b"data: ")
         self.num_chunks += chunks
         if chunks:
             self.begun = True
+
+    def chunks_in(self, window: Window) -> int:
+        """Chunks that came in the window; the stream must have been kept."""
+        return sum(
+            piece.count(b"data: ")
+            for when, piece in zip(self.times, self.pieces, strict=True)
+            if window.begin <= when < window.end
+        )
 
 
 class Client:
@@ -170,6 +180,7 @@ class Client:
             "ended_early": sum(stream.ended for stream in self._streams),
             "bytes": sum(stream.num_bytes for stream in self._streams),
             "chunks": sum(stream.num_chunks for stream in self._streams),
+            "window_chunks": sum(stream.chunks_in(window) for stream in self._sampled),
         }
         if self._spec.profile:
             result.update(self._lateness(window))

@@ -7,10 +7,14 @@ token, token it attends to), and tokens whose KV is read or written. They are en
   are labelled estimates, made from a device's measured or published rates.
 * `Fitted`: a base and one coefficient per count, fitted to the steps of a real engine.
 
+`fixed-20ms` and the like are no device at all: every step lasts that long whatever it computes, to
+load the control plane at a known rate.
+
 A paced worker keeps one fingerprint per token instead of KV state, so the pool of an 80-GB card has
 some megabytes.
 """
 
+import re
 from collections.abc import Mapping
 from math import exp
 from statistics import NormalDist
@@ -21,6 +25,8 @@ KV_SLOT_BYTES = 8
 """Bytes that a paced worker keeps per token."""
 DEFAULT_PROFILE = "h200-8b"
 _PAGE_BYTES = 4096
+_FIXED = re.compile(r"fixed-(\d+(?:\.\d+)?)ms")
+_FIXED_KV_TOKENS = 1 << 21
 
 
 class AnswerLength(Record, frozen=True, kw_only=True):
@@ -163,10 +169,26 @@ PROFILES: Mapping[str, Profile] = _table()
 
 def device_profile(name: str) -> Profile:
     """The profile of that name. Raises `ValueError` listing the known ones."""
-    if name not in PROFILES:
-        known = ", ".join(sorted(PROFILES))
-        raise ValueError(f"unknown device profile {name!r}; use one of: {known}")
-    return PROFILES[name]
+    if name in PROFILES:
+        return PROFILES[name]
+    if (match := _FIXED.fullmatch(name)) is not None and float(match[1]) > 0:
+        return _fixed(name, milliseconds=float(match[1]))
+    known = ", ".join(sorted(PROFILES))
+    raise ValueError(f"unknown device profile {name!r}; use one of: {known}, or fixed-20ms")
+
+
+def _fixed(name: str, *, milliseconds: float) -> Fitted:
+    return Fitted(
+        name=name,
+        note=f"synthetic: every step lasts {milliseconds:g} ms, whatever is in it",
+        kv_tokens=_FIXED_KV_TOKENS,
+        answers=AnswerLength(median=180.0, sigma=0.8, longest=4096),
+        base=milliseconds / 1000,
+        per_token=0.0,
+        per_sample=0.0,
+        per_pair=0.0,
+        per_kv_token=0.0,
+    )
 
 
 def paced_kv_slab_bytes(*, num_blocks: int, block_tokens: int) -> int:

@@ -73,6 +73,23 @@ def test_estimates_are_labelled() -> None:
         assert device_profile(name).note.startswith("estimate")
 
 
+def test_fixed_profile_lasts_as_long_as_its_name_says_whatever_is_computed() -> None:
+    profile = device_profile("fixed-12.5ms")
+    for counts in (1, 100_000):
+        assert profile.step_seconds(
+            num_tokens=counts, num_samples=counts, num_pairs=counts, num_kv_tokens=counts
+        ) == pytest.approx(0.0125)
+    assert profile.name == "fixed-12.5ms"
+    assert profile.note.startswith("synthetic")
+    assert profile.kv_tokens >= 256 * 4096
+
+
+@pytest.mark.parametrize("name", ["fixed-0ms", "fixed-ms", "fixed-20", "fixed--1ms"])
+def test_fixed_profile_without_a_duration_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="or fixed-20ms"):
+        device_profile(name)
+
+
 def test_unknown_profile_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'b300'; use one of: cpu, h100-8b, h200-8b"):
         device_profile("b300")
