@@ -71,6 +71,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(default_text(), end="")
         return 0
     try:
+        if options.command == "key":
+            return _key(options)
         return _start(options, timeline)
     except ConfigError as error:
         return _last_line(error, code=2)
@@ -101,8 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     start.add_argument("--validate", action="store_true", help="check the scheduler's laws")
     start.add_argument("--dry-run", action="store_true", help="print the plan and end")
+    made = commands.add_parser("key", help="make an API key: the entry for the configuration")
+    made.add_argument("--name", required=True, help="whose key it is")
+    made.add_argument("--admin", action="store_true", help="it opens the admin routes")
     commands.add_parser("config", help="print the commented default configuration")
     return parser
+
+
+def _key(options: argparse.Namespace) -> int:
+    """The entry to stdout, to be appended to a file; the key to stderr, to be seen once."""
+    from appliance.keys import entry, make_key
+
+    key = make_key()
+    print(entry(key, name=options.name, admin=options.admin), end="", flush=True)
+    print(f"The key of {options.name}, shown only now: {key}", file=sys.stderr)
+    return 0
 
 
 def _start(options: argparse.Namespace, timeline: Timeline) -> int:

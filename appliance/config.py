@@ -49,6 +49,7 @@ class ServerSection(Section, frozen=True, kw_only=True):
     drain_seconds: Seconds = 30.0
     max_body_bytes: Bytes = 16 * 1024**2
     max_stream_buffer_bytes: Bytes = 1024**2
+    metrics_need_key: bool = False
 
 
 class ModelSection(Section, frozen=True, kw_only=True):
@@ -112,6 +113,42 @@ class WorkersSection(Section, frozen=True, kw_only=True):
     poison_deaths: Positive = 2
 
 
+class LimitsSection(Section, frozen=True, kw_only=True):
+    """What one request or one connection may take."""
+
+    max_prompt_tokens: Positive | Auto = "auto"
+    max_messages: Positive = 4096
+    max_answers: Positive = 128
+    max_stop_strings: Positive = 16
+    max_stop_chars: Positive = 1024
+    max_line_bytes: Annotated[int, Meta(ge=1024, le=1024**2, extra={"unit": "bytes"})] = 8190
+    max_headers: Annotated[int, Meta(ge=16)] = 128
+    max_connections: Positive = 4096
+    max_receiving_bytes: Bytes = 256 * 1024**2
+    receive_seconds: Annotated[float, Meta(gt=0)] = 60.0
+    idle_seconds: Annotated[float, Meta(gt=0)] = 75.0
+    stuck_seconds: Annotated[float, Meta(gt=0)] = 60.0
+
+
+class CorsSection(Section, frozen=True, kw_only=True):
+    """Which web pages may call."""
+
+    origins: tuple[str, ...] = ()
+
+
+class KeySection(Section, frozen=True, kw_only=True):
+    """One API key."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9A-Fa-f]{64}\Z")]
+    slo_class: str = "default"
+    admin: bool = False
+    cache_group: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}\Z")] = ""
+    requests_per_minute: Count = 0
+    tokens_per_minute: Count = 0
+    max_concurrent_requests: Count = 0
+
+
 class SloSection(Section, frozen=True, kw_only=True):
     """Latency budgets of one class of requests; 0 means "no target"."""
 
@@ -152,6 +189,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     policy: PolicySection = PolicySection()
     queue: QueueSection = QueueSection()
     workers: WorkersSection = WorkersSection()
+    limits: LimitsSection = LimitsSection()
+    cors: CorsSection = CorsSection()
+    key: tuple[KeySection, ...] = ()
     slo: dict[str, SloSection] = msgspec.field(default_factory=lambda: {"default": SloSection()})
     log: LogSection = LogSection()
     journal: JournalSection = JournalSection()
@@ -162,6 +202,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 Override = tuple[str, str, Any]
 """(section, key, value): wins over the file."""
 
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#@]+")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", re.IGNORECASE)
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ki": 2**10,
@@ -232,6 +273,9 @@ def from_table(table: Mapping[str, Any]) -> Config:
     _refuse_unknown(table, kinds, prefix="")
     sections: dict[str, Any] = {}
     for name, value in table.items():
+        if name == "key":
+            sections[name] = _keys(value)
+            continue
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name}: is a section; write [{name}] and its keys below it")
         if name == "slo":
@@ -280,6 +324,8 @@ def _merged(table: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]
     merged = dict(table)
     for dotted, values in overrides.items():
         section, _, label = dotted.partition(".")
+        if section == "key":
+            raise ConfigError("key: entries are written in the file only, each as [[key]]")
         inner = merged.get(section, {})
         if not isinstance(inner, Mapping):
             raise ConfigError(f"{section}: is a section; write [{section}] and its keys below it")
@@ -310,6 +356,21 @@ def _section(kind: type[SectionT], table: Any, *, prefix: str) -> SectionT:
     types = {field.name: field.type for field in msgspec.structs.fields(kind)}
     _refuse_unknown(table, types, prefix=prefix)
     return kind(**{key: _value(types[key], raw, f"{prefix}.{key}") for key, raw in table.items()})
+
+
+def _keys(entries: Any) -> tuple[KeySection, ...]:
+    if not isinstance(entries, list):
+        raise ConfigError("key: write each key as an entry [[key]]; `appliance key` makes one")
+    keys, fields = [], dict.fromkeys(KeySection.__struct_fields__)
+    for index, entry in enumerate(entries):
+        prefix = f"key[{index}]"
+        if isinstance(entry, Mapping):
+            _refuse_unknown(entry, fields, prefix=prefix)
+            for name in ("name", "sha256"):
+                if name not in entry:
+                    raise ConfigError(f"{prefix}.{name}: is missing; `appliance key` writes both")
+        keys.append(_section(KeySection, entry, prefix=prefix))
+    return tuple(keys)
 
 
 def _value(kind: Any, raw: Any, name: str) -> Any:
@@ -355,6 +416,46 @@ def _check_together(config: Config) -> None:
             f"batch.max_batch_tokens = {batch.max_batch_tokens}: must not be below "
             f"batch.max_num_seqs = {batch.max_num_seqs}, one token of each per step"
         )
+    _check_keys(config)
+    _check_origins(config.cors.origins)
+
+
+def _check_keys(config: Config) -> None:
+    names: set[str] = set()
+    digests: dict[str, str] = {}
+    for index, key in enumerate(config.key):
+        if key.name in names:
+            raise ConfigError(f"key[{index}].name = {key.name!r}: is taken by an earlier entry")
+        names.add(key.name)
+        other = digests.setdefault(key.sha256.lower(), key.name)
+        if other != key.name:
+            raise ConfigError(f"key[{index}].sha256: is that of the key {other!r} too")
+        if key.slo_class not in config.slo:
+            known = ", ".join(sorted(config.slo))
+            raise ConfigError(
+                f"key[{index}].slo_class = {key.slo_class!r}: is not configured; known: {known}"
+            )
+        if key.cache_group and key.cache_group != key.name and _owned(config, key.cache_group):
+            raise ConfigError(
+                f"key[{index}].cache_group = {key.cache_group!r}: is the name of a key that shares "
+                "its cache with nobody; give both the same cache_group"
+            )
+
+
+def _owned(config: Config, group: str) -> bool:
+    """Whether this is the cache group of a key that names none."""
+    return any(key.name == group and not key.cache_group for key in config.key)
+
+
+def _check_origins(origins: tuple[str, ...]) -> None:
+    for index, origin in enumerate(origins):
+        if origin == "*" and len(origins) > 1:
+            raise ConfigError('cors.origins: "*" allows all; write it alone or leave it out')
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"cors.origins[{index}] = {origin!r}: is not an origin; write scheme and host "
+                'without a path, for example "https://chat.example:8080"'
+            )
 
 
 def fault_rules(config: Config, *, environ: Mapping[str, str]) -> tuple[FaultRule, ...]:

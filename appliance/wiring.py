@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from appliance import __version__
-from appliance.api.settings import ApiSettings
-from appliance.config import Config, SloSection
+from appliance.api.limits import KeyLimits
+from appliance.api.settings import ApiKey, ApiSettings, ConnectionLimits
+from appliance.config import Config, KeySection, LimitsSection, SloSection
 from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
 from appliance.core.types import Slo
@@ -110,12 +111,52 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
 
 def api_settings(config: Config) -> ApiSettings:
     """Everything the HTTP surface is told."""
+    limits = config.limits
+    longest = limits.max_prompt_tokens
     return ApiSettings(
         max_body_bytes=config.server.max_body_bytes,
         max_stream_buffer_bytes=config.server.max_stream_buffer_bytes,
         tool_format=config.model.tool_format,
         reasoning=config.model.reasoning,
         slo_classes={name: slo_class(name, section) for name, section in config.slo.items()},
+        max_sequences=limits.max_answers,
+        max_prompt_tokens=None if longest == "auto" else longest,
+        max_messages=limits.max_messages,
+        max_stop_strings=limits.max_stop_strings,
+        max_stop_length=limits.max_stop_chars,
+        connections=connection_limits(limits),
+        keys=tuple(api_key(section) for section in config.key),
+        metrics_need_key=config.server.metrics_need_key,
+        cors_origins=config.cors.origins,
+    )
+
+
+def connection_limits(section: LimitsSection) -> ConnectionLimits:
+    """Bounds of connections."""
+    return ConnectionLimits(
+        max_connections=section.max_connections,
+        max_line_bytes=section.max_line_bytes,
+        max_headers=section.max_headers,
+        receive_seconds=section.receive_seconds,
+        idle_seconds=section.idle_seconds,
+        stuck_seconds=section.stuck_seconds,
+        max_receiving_bytes=section.max_receiving_bytes,
+    )
+
+
+def api_key(section: KeySection) -> ApiKey:
+    """One key; 0 is "no limit"."""
+    return ApiKey(
+        name=section.name,
+        digest=bytes.fromhex(section.sha256),
+        slo_class=section.slo_class,
+        admin=section.admin,
+        cache_group=section.cache_group,
+        limits=KeyLimits(
+            requests_per_minute=section.requests_per_minute or None,
+            tokens_per_minute=section.tokens_per_minute or None,
+            max_concurrent_requests=section.max_concurrent_requests or None,
+        ),
     )
 
 

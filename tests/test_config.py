@@ -1,6 +1,8 @@
 """Configuration: strict, self-describing, refused by name (R20)."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,17 @@ import msgspec
 import pytest
 
 from appliance import config as configuration
-from appliance.config import Config, ConfigError, load, parse_assignment, parse_size
+from appliance.config import (
+    Config,
+    ConfigError,
+    KeySection,
+    from_table,
+    load,
+    parse_assignment,
+    parse_size,
+)
 
+A, B = "a" * 64, "b" * 64
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -17,10 +28,24 @@ def all_keys() -> list[str]:
     """Every key there is, as `section.key`."""
     names = []
     for section in msgspec.structs.fields(Config):
-        kind = configuration.SloSection if section.name == "slo" else section.type
+        kind = {"slo": configuration.SloSection, "key": KeySection}.get(section.name, section.type)
         prefix = "slo.default" if section.name == "slo" else section.name
         names += [f"{prefix}.{field.name}" for field in msgspec.structs.fields(kind)]
     return names
+
+
+def entry(**fields: str) -> str:
+    """A [[key]] entry."""
+    return "[[key]]\n" + "".join(f"{name} = {json.dumps(v)}\n" for name, v in fields.items())
+
+
+KEY_EXAMPLE = re.compile(r"^# \[\[key\]\]\n(?:^# .*\n)+", re.MULTILINE)
+"""An entry that is a comment, because without one there are no keys."""
+
+
+def key_example(text: str) -> str:
+    """That entry as if it were none."""
+    return re.sub(r"^# ", "", KEY_EXAMPLE.search(text)[0], flags=re.MULTILINE)
 
 
 def write(directory: Path, text: str) -> Path:
@@ -42,7 +67,8 @@ def test_the_commented_file_equals_the_built_in_defaults() -> None:
 
 def test_the_commented_file_lists_every_key_and_says_its_default() -> None:
     section, comment, found = "", "", {}
-    for line in (ROOT / "config.toml").read_text().splitlines():
+    text = (ROOT / "config.toml").read_text()
+    for line in text.replace(KEY_EXAMPLE.search(text)[0], key_example(text)).splitlines():
         if line.startswith("["):
             section, comment = line.strip("[]"), ""
         elif line.startswith("#"):
@@ -55,8 +81,14 @@ def test_the_commented_file_lists_every_key_and_says_its_default() -> None:
     assert not silent, f"no default named in the comment of {silent}"
 
 
+def test_the_example_of_a_key_says_the_defaults() -> None:
+    (key,) = from_table(tomllib.loads(key_example(configuration.default_text()))).key
+    assert key == KeySection(name="alice", sha256="0" * 64)
+
+
 def test_every_duration_and_size_names_its_unit() -> None:
     units = ("_ms", "_seconds", "_bytes", "_tokens", "_records", "_requests", "_deaths", "_seqs")
+    units += ("_messages", "_answers", "_strings", "_chars", "_headers", "_connections")
     unitless = {
         field: key
         for key in all_keys()
@@ -106,6 +138,26 @@ def test_order_of_search_is_given_then_local_then_built_in(tmp_path: Path) -> No
         ("[workers]\nstop_detect_ms = 50", "workers.stop_detect_ms = 50.0: must be at least twice"),
         ("[workers]\nrespawn_backoff_ms = 20000", "workers.respawn_backoff_max_ms = 10000.0"),
         ("[batch]\nmax_batch_tokens = 8", "batch.max_batch_tokens = 8: must not be below"),
+        ("[key]\nname = 'a'", "key: write each key as an entry [[key]]"),
+        (entry(nmae="a"), "unknown key key[0].nmae; did you mean key[0].name?"),
+        (entry(name="a"), "key[0].sha256: is missing"),
+        (entry(name="a", sha256="00"), "key[0].sha256 = '00': expected "),
+        (entry(name="a b", sha256=A), "key[0].name = 'a b'"),
+        (entry(name="a\n", sha256=A), "key[0].name = 'a\\n'"),
+        (entry(name="", sha256=A), "key[0].name = ''"),
+        (entry(name="a", sha256=A, slo_class="x"), "key[0].slo_class = 'x': is not configured"),
+        (entry(name="a", sha256=A) + entry(name="a", sha256=B), "key[1].name = 'a': is taken"),
+        (entry(name="a", sha256=A) + entry(name="b", sha256=A.upper()), "that of the key 'a'"),
+        (
+            entry(name="a", sha256=A) + entry(name="b", sha256=B, cache_group="a"),
+            "key[1].cache_group = 'a': is the name of a key that shares its cache with nobody",
+        ),
+        ("[cors]\norigins = ['chat.example']", "cors.origins[0] = 'chat.example'"),
+        ("[cors]\norigins = ['http://a/b']", "cors.origins[0] = 'http://a/b'"),
+        ("[cors]\norigins = ['*', 'http://a']", '"*" allows all; write it alone'),
+        ("[limits]\nmax_line_bytes = 5", "limits.max_line_bytes = 5: expected "),
+        ("[limits]\nmax_prompt_tokens = 0", "limits.max_prompt_tokens = 0"),
+        ("[limits]\nreceive_seconds = 0", "limits.receive_seconds = 0"),
     ],
 )
 def test_R20_what_cannot_be_used_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
@@ -189,6 +241,17 @@ def test_sizes(text: str, expected: int) -> None:
 def test_what_is_not_a_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="256MiB"):
         parse_size(text)
+
+
+def test_keys_that_name_one_cache_group_share_it() -> None:
+    group = {"cache_group": "a"}
+    keys = [{"name": "a", "sha256": A, **group}, {"name": "b", "sha256": B, **group}]
+    assert [key.cache_group for key in from_table({"key": keys}).key] == ["a", "a"]
+
+
+def test_keys_are_not_set_from_the_command_line() -> None:
+    with pytest.raises(ConfigError, match=r"in the file only, each as \[\[key\]\]"):
+        load(None, {"key": {"name": "a"}})
 
 
 def test_sections_are_frozen() -> None:

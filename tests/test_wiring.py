@@ -2,13 +2,19 @@
 
 import msgspec
 
-from appliance.config import Config, load
+from appliance.api.limits import KeyLimits
+from appliance.api.settings import ApiKey, ConnectionLimits
+from appliance.config import Config, from_table, load
 from appliance.devices import plan_devices
 from appliance.startup import Machine, Plan, make_plan
 from appliance.wiring import api_settings, dispatcher_config, node_settings
 
 CONFIGURED = {
-    "server": {"max_body_bytes": "1MiB", "max_stream_buffer_bytes": "2KiB"},
+    "server": {
+        "max_body_bytes": "1MiB",
+        "max_stream_buffer_bytes": "2KiB",
+        "metrics_need_key": True,
+    },
     "model": {
         "served_name": "mine",
         "max_model_len": 512,
@@ -31,6 +37,21 @@ CONFIGURED = {
         "quarantine_deaths": 4,
         "poison_deaths": 5,
     },
+    "limits": {
+        "max_prompt_tokens": 100,
+        "max_messages": 5,
+        "max_answers": 6,
+        "max_stop_strings": 7,
+        "max_stop_chars": 8,
+        "max_line_bytes": 2048,
+        "max_headers": 20,
+        "max_connections": 9,
+        "max_receiving_bytes": "1MiB",
+        "receive_seconds": 10,
+        "idle_seconds": 11,
+        "stuck_seconds": 12,
+    },
+    "cors": {"origins": ["https://chat.example"]},
     "slo.chat": {"ttft_ms": 200, "tpot_ms": 0, "weight": 2},
     "log": {"format": "json", "level": "debug"},
     "journal": {"ring_records": 77, "check_laws": True},
@@ -77,6 +98,42 @@ def test_classes_arrive_in_seconds_and_zero_is_no_target() -> None:
     chat, default = found.slo_classes["chat"], found.slo_classes["default"]
     assert (chat.class_name, chat.ttft, chat.tpot, chat.weight) == ("chat", 0.2, None, 2.0)
     assert (default.class_name, default.ttft, default.tpot) == ("default", None, None)
+
+
+def test_bounds_of_requests_and_connections_arrive() -> None:
+    found = api_settings(load(None, CONFIGURED))
+    assert (found.max_prompt_tokens, found.max_messages, found.max_sequences) == (100, 5, 6)
+    assert (found.max_stop_strings, found.max_stop_length) == (7, 8)
+    assert (found.metrics_need_key, found.cors_origins) == (True, ("https://chat.example",))
+    assert found.connections == ConnectionLimits(
+        max_line_bytes=2048,
+        max_headers=20,
+        max_connections=9,
+        max_receiving_bytes=1024**2,
+        receive_seconds=10.0,
+        idle_seconds=11.0,
+        stuck_seconds=12.0,
+    )
+    assert api_settings(Config()).max_prompt_tokens is None
+    assert api_settings(Config()).connections == ConnectionLimits()
+
+
+def test_keys_arrive_with_their_limits_and_zero_is_no_limit() -> None:
+    table = {"name": "a", "sha256": "0A" * 32, "admin": True, "cache_group": "g"}
+    limited = {"requests_per_minute": 1, "tokens_per_minute": 2, "max_concurrent_requests": 3}
+    plain = {"name": "b", "sha256": "0b" * 32}
+    found = api_settings(from_table({"key": [{**table, **limited}, plain]})).keys
+    assert found == (
+        ApiKey(
+            name="a",
+            digest=b"\n" * 32,
+            admin=True,
+            cache_group="g",
+            limits=KeyLimits(requests_per_minute=1, tokens_per_minute=2, max_concurrent_requests=3),
+        ),
+        ApiKey(name="b", digest=b"\v" * 32),
+    )
+    assert api_settings(Config()).keys == ()
 
 
 def test_slabs_are_those_of_the_plan() -> None:

@@ -2,14 +2,18 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
 
 from appliance.api import admin, chat, completions, health, metrics, models, tokens
+from appliance.api.auth import GATE, Gate, guard
+from appliance.api.connection import ConnectionRunner
 from appliance.api.context import CONTEXT, REQUEST_ID, Context, Names, stamp
-from appliance.api.decode import BodyDecoder, too_large
+from appliance.api.cors import CORS, Cors, preflights
+from appliance.api.decode import RECEIVING, BodyDecoder, Receiving, too_large
 from appliance.api.errors import STATUS, ApiError, shown
 from appliance.api.grammars import DESK, GrammarDesk
 from appliance.api.metrics import Metrics
@@ -33,10 +37,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def build_app(node: Node, settings: ApiSettings) -> web.Application:
     """The HTTP surface of `node`. Serve it with `make_runner`."""
-    app = web.Application(middlewares=[errors_as_json], client_max_size=settings.max_body_bytes)
+    app = web.Application(
+        middlewares=[errors_as_json, preflights, guard], client_max_size=settings.max_body_bytes
+    )
     names = Names(node.settings.journal_records)  # a name outlives no story in the journal
     context = Context(node=node, settings=settings, stats=ApiStats(), names=names)
     app[CONTEXT] = context
+    app[CORS] = Cors(settings.cors_origins)
+    app[GATE] = gate = Gate(
+        settings.keys, metrics_need_key=settings.metrics_need_key, now=time.monotonic()
+    )
+    app[RECEIVING] = Receiving(settings.connections)
     app[SPEECH] = speech_of(node.text, settings)
     app[DESK] = GrammarDesk(
         Path(node.settings.model_dir) / "tokenizer.json",
@@ -48,7 +59,7 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
     app[completions.DECODER] = BodyDecoder(CompletionBody, refused=COMPLETIONS_REFUSED)
     app[tokens.TOKENIZE] = BodyDecoder(TokenizeBody)
     app[tokens.DETOKENIZE] = BodyDecoder(DetokenizeBody)
-    app[metrics.METRICS] = Metrics(node, context.stats)
+    app[metrics.METRICS] = Metrics(node, context.stats, gate.accounts)
     app.on_response_prepare.append(_finish_headers)
     app.cleanup_ctx.append(_sample_loop_lag)
     app.add_routes(
@@ -72,7 +83,7 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
 
 def make_runner(app: web.Application) -> web.AppRunner:
     """A runner that cancels a handler as soon as its client has gone, as every route here needs."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, handle_signals=False)
+    return ConnectionRunner(app, app[CONTEXT].settings.connections)
 
 
 @web.middleware
@@ -127,8 +138,11 @@ def _count(request: web.Request, status: int) -> None:
 
 
 async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
+    if REQUEST_ID not in request:
+        stamp(request)  # refused before any middleware
     response.headers["x-request-id"] = request[REQUEST_ID]
     response.headers["Server"] = "appliance"
+    request.app[CORS].sign(request, response)
 
 
 async def _close_desk(app: web.Application) -> None:

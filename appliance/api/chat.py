@@ -10,13 +10,13 @@ from appliance.api.dialect import Dialect, PlainDialect
 from appliance.api.errors import ApiError, shown
 from appliance.api.generate import ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
+from appliance.api.plans import plan_for
 from appliance.api.schemas import ChatBody
 from appliance.api.speech import SPEECH, Speech
 from appliance.api.structured import constrained, spoken_plainly
-from appliance.api.targets import slo_of
 from appliance.api.tools import choice_of, tool_use, tools_of
 from appliance.api.turns import turns_of
-from appliance.api.validate import check_model, invalid, plan_of
+from appliance.api.validate import check_model, invalid
 
 DECODER = web.AppKey("chat_decoder", BodyDecoder[ChatBody])
 
@@ -31,11 +31,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     if body.add_special_tokens:
         raise invalid("add_special_tokens", "must be false: the chat template writes them.")
     speech = request.app[SPEECH]
-    plan = plan_of(
-        body,
-        slo_of(body, request.headers, classes=context.settings.slo_classes),
-        context.limits,
-    )
+    plan = plan_for(request, body)
     settled = await constrained(request.app[DESK], body, plan)
     job, reading = await prepare(
         context,

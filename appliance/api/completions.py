@@ -12,13 +12,13 @@ from appliance.api.dialect import PlainDialect
 from appliance.api.generate import Job, ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
 from appliance.api.observe import Meter
+from appliance.api.plans import plan_for
 from appliance.api.prompts import encode_prompt, prompts_of, room_for
 from appliance.api.render import END, ChunkTemplate
 from appliance.api.schemas import CompletionBody
 from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
 from appliance.api.structured import constrained
-from appliance.api.targets import slo_of
-from appliance.api.validate import Plan, check_model, check_total, plan_of
+from appliance.api.validate import Plan, check_model, check_total
 
 DECODER = web.AppKey("completion_decoder", BodyDecoder[CompletionBody])
 
@@ -30,8 +30,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     decoded = request.app[DECODER].decode(raw)
     body = decoded.body
     check_model(body.model, context.node.info.model)
-    slo = slo_of(body, request.headers, classes=context.settings.slo_classes)
-    plan = plan_of(body, slo, context.limits)
+    plan = plan_for(request, body)
     settled = await constrained(request.app[DESK], body, plan)
     headers = ignored_header((*decoded.ignored, *settled.ignored, *unused_fields(context, plan)))
     job = await _job(context, body, headers, settled.plan)

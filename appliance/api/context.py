@@ -56,6 +56,10 @@ class Context:
             vocab_size=info.vocab_size,
             max_sequences=self.settings.max_sequences,
             eos_token_ids=info.eos_token_ids,
+            max_prompt_tokens=self.settings.max_prompt_tokens,
+            max_messages=self.settings.max_messages,
+            max_stop_strings=self.settings.max_stop_strings,
+            max_stop_length=self.settings.max_stop_length,
         )
 
 

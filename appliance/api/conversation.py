@@ -14,7 +14,7 @@ from appliance.api.generate import Job
 from appliance.api.prompts import encode_turns, room_for
 from appliance.api.speech import Reading, Speech, begins_inside
 from appliance.api.tools import NO_TOOLS, ToolUse
-from appliance.api.validate import Plan
+from appliance.api.validate import Plan, invalid
 from appliance.core.types import Record
 from appliance.live.records import Encoded
 
@@ -33,7 +33,13 @@ class Conversation(Record, frozen=True, kw_only=True):
 
 async def encode(context: Context, conversation: Conversation, *, salt: str) -> Encoded:
     """The prompt's ids. Raises `ApiError`."""
-    use = conversation.use
+    use, most = conversation.use, context.limits.max_messages
+    if len(conversation.turns) > most:
+        raise invalid(
+            "messages",
+            f"has {len(conversation.turns)} messages; at most {most} are taken "
+            "(limits.max_messages).",
+        )
     return await encode_turns(
         context.node.text,
         conversation.turns,

@@ -6,6 +6,7 @@ fields that it does not know. Only what contains objects is looked into for dupl
 of a hundred thousand ids costs no more than it must.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 
 from appliance.api.errors import ApiError, shown
+from appliance.api.limits import ReceivingBudget
 from appliance.api.schemas import REFUSED, Refused, fields_of
+from appliance.api.settings import ConnectionLimits
 from appliance.api.unknown import kinds_of, unknown_fields
 
 B = TypeVar("B", bound=msgspec.Struct)
@@ -41,8 +44,20 @@ class _DuplicateKey(Exception):
     """An object names a key twice: which value is meant is anybody's guess."""
 
 
+class Receiving:
+    """What bodies may take of one application while they arrive."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self.seconds = limits.receive_seconds
+        self.budget = ReceivingBudget(limits.max_receiving_bytes)
+
+
+RECEIVING = web.AppKey("receiving", Receiving)
+
+
 async def read_body(request: web.Request, *, max_bytes: int) -> bytes:
-    """The whole body. Raises `ApiError` 413 when it is over `max_bytes`, 415 when not JSON."""
+    """The whole body. Raises `ApiError`: 413 when it is over `max_bytes`, 415 when it is not JSON,
+    408 when it does not arrive in time, 503 when too many large ones arrive at one time."""
     kind = request.headers.get("Content-Type")
     media = request.content_type
     if kind is not None and media != "application/json" and not media.endswith("+json"):
@@ -53,14 +68,44 @@ async def read_body(request: web.Request, *, max_bytes: int) -> bytes:
         )
     if request.content_length is not None and request.content_length > max_bytes:
         raise too_large(max_bytes)
+    receiving = request.app[RECEIVING]
     try:
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise too_large(max_bytes) from error
+        async with asyncio.timeout(receiving.seconds):
+            return await _receive(request, receiving.budget, max_bytes=max_bytes)
+    except TimeoutError as error:
+        raise ApiError(
+            f"The body did not arrive within {receiving.seconds:g} s (limits.receive_seconds).",
+            status=408,
+            code="request_timeout",
+            headers={"Connection": "close"},
+        ) from error
     except RequestPayloadError as error:
         raise _malformed(
             "The body cannot be read; its transfer or content encoding is broken."
         ) from error
+
+
+async def _receive(request: web.Request, budget: ReceivingBudget, *, max_bytes: int) -> bytes:
+    """What `request.read` does, with a bound on what all requests hold meanwhile."""
+    request.content.set_read_chunk_size(max_bytes)  # decompress in large pieces
+    body, counted = bytearray(), 0
+    try:
+        while chunk := await request.content.readany():
+            body += chunk
+            if len(body) > max_bytes:
+                raise too_large(max_bytes)
+            if not budget.grow(counted, len(body)):
+                raise ApiError(
+                    "Too many large bodies are being received (limits.max_receiving_bytes); "
+                    "try again.",
+                    status=503,
+                    code="overloaded",
+                    headers={"Retry-After": "1", "Connection": "close"},
+                )
+            counted = len(body)
+        return bytes(body)
+    finally:
+        budget.release(counted)
 
 
 def too_large(max_bytes: int) -> ApiError:
@@ -183,15 +228,24 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def convert_at(value: object, kind: type[B], at: str) -> B:
+    """`value`, a part of a body that was decoded without its type, as `kind`. Raises `ApiError`
+    naming the place below `at`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        _raise_invalid(str(error), at)
+
+
 def _malformed(message: str) -> ApiError:
     return ApiError(message, code="invalid_json")
 
 
-def _raise_invalid(message: str) -> NoReturn:
-    """Word a validation error of msgspec for a client: its path becomes `param`."""
+def _raise_invalid(message: str, at: str = "") -> NoReturn:
+    """Word a validation error of msgspec for a client: its path, below `at`, becomes `param`."""
     match = _AT.match(message)
     what, path = (match["what"], match["path"] or "$") if match else (message, "$")
-    param = path.removeprefix("$").removeprefix(".") or None
+    param = (at + path.removeprefix("$")).removeprefix(".") or None
     missing = _MISSING.match(what)
     if missing:
         name = f"{param}.{missing['name']}" if param else missing["name"]

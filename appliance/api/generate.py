@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 from aiohttp import HttpVersion11, web
 
+from appliance.api.auth import CALLER, charge, settle
 from appliance.api.context import ARRIVED, REQUEST_ID, Context
 from appliance.api.dialect import Dialect, Outlet
 from appliance.api.errors import error_of
@@ -41,6 +42,11 @@ class Job(Record, frozen=True, kw_only=True):
         """Prompts times `n`; choices are numbered prompt by prompt."""
         return len(self.prompts) * self.plan.n
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts, each once."""
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
 
 async def serve(
     context: Context, request: web.Request, *, job: Job, dialect: Dialect
@@ -48,6 +54,7 @@ async def serve(
     """Answer `job` in the words of `dialect`. Raises `ApiError` as long as no byte was sent."""
     tickets: list[Ticket] = []
     exchange: Exchange | None = None
+    charge(request, job.prompt_tokens)
     try:
         if job.plan.streaming is not None:
             stream = dialect.stream(_outlet(context, job, tickets))
@@ -73,6 +80,8 @@ async def serve(
         for ticket in tickets:
             if not ticket.done.done():
                 context.node.cancel(ticket)
+        generated = exchange.usage.completion_tokens if exchange is not None else 0
+        settle(request, job.prompt_tokens, generated_tokens=generated, accepted=bool(tickets))
         _log_end(request, job, exchange)
 
 
@@ -100,6 +109,7 @@ def _submit(
             slo=plan.slo,
             arrived=request[ARRIVED],
             salt=plan.salt,
+            tenant=request[CALLER].name,
             priority=plan.priority,
         )
         sinks: Sequence[Sink] = make(index)
@@ -206,6 +216,7 @@ def _log_end(request: web.Request, job: Job, exchange: Exchange | None) -> None:
         extra={
             "request_id": request[REQUEST_ID],
             "answer": job.name,
+            "key": request[CALLER].name,
             "outcome": outcome,
             "prompt_tokens": usage.prompt_tokens,
             "generated_tokens": usage.completion_tokens,

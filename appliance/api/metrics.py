@@ -4,7 +4,7 @@ One registry per application and nothing in the package's globals, so two nodes 
 not meet. Everything is read at scrape time; between two scrapes no metric object is touched.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from appliance.api.limits import Account
 from appliance.api.observe import ApiStats, Histogram
 from appliance.core.lifecycle import WorkerState
 from appliance.live.node import Node
@@ -29,12 +30,14 @@ BLOCK_KINDS = ("total", "free", "cached", "held", "leased")
 class Metrics:
     """The registry of one application."""
 
-    def __init__(self, node: Node, stats: ApiStats) -> None:
+    def __init__(self, node: Node, stats: ApiStats, accounts: Mapping[str, Account]) -> None:
         """Also begins to listen to the node's steps."""
         node.stats.observe_step = stats.step
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Surface(stats))
         self._registry.register(_Engine(node))
+        if accounts:
+            self._registry.register(_Keys(accounts))
         ProcessCollector(namespace="appliance", registry=self._registry)
 
     def render(self) -> bytes:
@@ -90,6 +93,46 @@ class _Surface(Collector):
                 ([label], row[index]) for (label, _), row in zip(classes, columns, strict=True)
             ]
             yield _histogram(name, text, ["slo_class"], series)
+
+
+class _Keys(Collector):
+    """What each key has used."""
+
+    def __init__(self, accounts: Mapping[str, Account]) -> None:
+        self._accounts = accounts
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        accounts = sorted(self._accounts.items())
+        yield _counter(
+            "key_requests",
+            "Requests of a key that were let in.",
+            ["key"],
+            [([name], account.requests) for name, account in accounts],
+        )
+        yield _counter(
+            "key_tokens",
+            "Tokens charged to a key.",
+            ["key", "kind"],
+            [
+                ([name, kind], count)
+                for name, account in accounts
+                for kind, count in (
+                    ("prompt", account.prompt_tokens),
+                    ("generated", account.generated_tokens),
+                )
+            ],
+        )
+        yield _counter(
+            "key_requests_refused",
+            "Requests of a key that one of its limits turned away.",
+            ["key", "limit"],
+            [
+                ([name, limit], count)
+                for name, account in accounts
+                for limit, count in sorted(account.refused.items())
+            ],
+        )
 
 
 class _Engine(Collector):

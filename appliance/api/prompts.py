@@ -26,6 +26,14 @@ def room_for(
     if prompt_tokens == 0:
         raise invalid("messages" if chat else "prompt", "has no tokens; give at least one.")
     rest = limits.max_model_len - prompt_tokens
+    longest = limits.max_prompt_tokens
+    if longest is not None and prompt_tokens > longest:
+        raise ApiError(
+            f"Your prompt has {prompt_tokens} tokens; this server takes at most {longest} "
+            "(limits.max_prompt_tokens). Shorten it.",
+            code=ErrorKind.TOO_LONG.value,
+            param="messages" if chat else "prompt",
+        )
     if rest < 1:
         raise too_long(limits, f"your prompt has {prompt_tokens} tokens", chat=chat)
     wanted = least if requested is None else requested

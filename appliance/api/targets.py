@@ -1,7 +1,8 @@
 """Latency targets of one request: from its class, its body, its headers.
 
 Precedence, target by target: the `slo` object, the flat field (`ttft_slo_ms` ...), the header, the
-class. Targets travel as seconds from here on.
+class. The class is the one that the body names, else the header, else that of the caller's key,
+else "default". Targets travel as seconds from here on.
 """
 
 import math
@@ -16,10 +17,13 @@ CUSTOM = "custom"
 MAX_MS = 1e9
 
 
-def slo_of(body: GenerationBody, headers: Mapping[str, str], *, classes: Mapping[str, Slo]) -> Slo:
-    """The targets of this request. Raises `ApiError` naming the field or header."""
+def slo_of(
+    body: GenerationBody, headers: Mapping[str, str], *, classes: Mapping[str, Slo], default: str
+) -> Slo:
+    """The targets of this request; `default` is the class of those that name none. Raises
+    `ApiError` naming the field or header."""
     given = body.slo if isinstance(body.slo, SloBody) else SloBody()
-    base, named = _class(body, headers, classes)
+    base, named = _class(body, headers, classes, default=default)
     ttft = _first(
         _seconds("slo.ttft_ms", given.ttft_ms),
         _seconds("ttft_slo_ms", body.ttft_slo_ms),
@@ -43,7 +47,7 @@ def slo_of(body: GenerationBody, headers: Mapping[str, str], *, classes: Mapping
 
 
 def _class(
-    body: GenerationBody, headers: Mapping[str, str], classes: Mapping[str, Slo]
+    body: GenerationBody, headers: Mapping[str, str], classes: Mapping[str, Slo], *, default: str
 ) -> tuple[Slo, bool]:
     """The class and whether the request named it."""
     named: str | None
@@ -53,9 +57,9 @@ def _class(
         field, named = "slo.class", body.slo.class_name
     else:
         field, named = "x-slo-class", headers.get("x-slo-class")
-    default = classes.get("default", Slo())
+    usual = classes.get("default", Slo())
     if named is None:
-        return default, False
+        return classes.get(default, usual), False
     if named != "default" and named not in classes:
         known = ", ".join(sorted({"default", *classes}))
         raise ApiError(
@@ -63,7 +67,7 @@ def _class(
             code="invalid_value",
             param=field,
         )
-    return classes.get(named, default), True
+    return classes.get(named, usual), True
 
 
 def _seconds(name: str, value: float | None) -> float | None:

@@ -10,8 +10,6 @@ from appliance.api.schemas import ChatBody, CompletionBody, GenerationBody, Stre
 from appliance.core.payload import Sampling
 from appliance.core.types import Record, Slo
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
@@ -26,12 +24,18 @@ class Streaming(Record, frozen=True, kw_only=True):
 
 
 class Limits(Record, frozen=True, kw_only=True):
-    """Facts about the served model that a request is checked against."""
+    """Facts about the served model, and bounds of one request, that it is checked against."""
 
     max_model_len: int
     vocab_size: int
     max_sequences: int
     eos_token_ids: tuple[int, ...] = ()
+    max_prompt_tokens: int | None = None
+    """None: what the context has room for."""
+    max_messages: int = 4096
+    max_stop_strings: int = 16
+    max_stop_length: int = 1024
+    """Characters of one stop string."""
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -53,8 +57,9 @@ def invalid(param: str, message: str) -> ApiError:
     return ApiError(f"'{param}' {message}", code="invalid_value", param=param)
 
 
-def plan_of(body: ChatBody | CompletionBody, slo: Slo, limits: Limits) -> Plan:
-    """Check every field that is not the prompt. Raises `ApiError`."""
+def plan_of(body: ChatBody | CompletionBody, slo: Slo, limits: Limits, *, scope: str) -> Plan:
+    """Check every field that is not the prompt. The caller's cached blocks stay within `scope`.
+    Raises `ApiError`."""
     logprobs = chat_logprobs(body) if isinstance(body, ChatBody) else completion_logprobs(body)
     max_tokens = answer_limit(body)
     check_min_tokens(body.min_tokens, max_tokens)
@@ -67,7 +72,7 @@ def plan_of(body: ChatBody | CompletionBody, slo: Slo, limits: Limits) -> Plan:
         max_tokens=max_tokens,
         n=n,
         slo=slo,
-        salt=salt_of(body.cache_salt),
+        salt=scope + salt_of(body.cache_salt),
         priority=int(within("priority", body.priority, 0, low=-(2**31), high=2**31 - 1)),
         seed=seed_of(body),
         streaming=streaming_of(body.stream, body.stream_options),
@@ -108,7 +113,7 @@ def sampling_of(body: GenerationBody, logprobs: int | None, limits: Limits) -> S
         ignore_eos=bool(body.ignore_eos),
         eos_token_ids=limits.eos_token_ids,
         stop_token_ids=stop_ids_of(body.stop_token_ids, limits.vocab_size),
-        stop=stop_of(body.stop),
+        stop=stop_of(body.stop, limits),
         include_stop=bool(body.include_stop_str_in_output),
         logprobs=logprobs,
         skip_special_tokens=True if skip_special is None else skip_special,
@@ -133,16 +138,17 @@ def top_k_of(value: int | None, vocab_size: int) -> int:
     return 0 if value >= vocab_size else value
 
 
-def stop_of(value: str | Sequence[str] | None) -> tuple[str, ...]:
+def stop_of(value: str | Sequence[str] | None, limits: Limits) -> tuple[str, ...]:
     """Stop strings; none of them empty."""
     strings = (value,) if isinstance(value, str) else tuple(value or ())
-    if len(strings) > MAX_STOP_STRINGS:
-        raise invalid("stop", f"may name at most {MAX_STOP_STRINGS} strings, not {len(strings)}.")
+    most, longest = limits.max_stop_strings, limits.max_stop_length
+    if len(strings) > most:
+        raise invalid("stop", f"may name at most {most} strings, not {len(strings)}.")
     for text in strings:
         if not text:
             raise invalid("stop", "has an empty string; leave it out or give `null`.")
-        if len(text) > MAX_STOP_CHARS:
-            raise invalid("stop", f"has a string of more than {MAX_STOP_CHARS} characters.")
+        if len(text) > longest:
+            raise invalid("stop", f"has a string of more than {longest} characters.")
     return strings
 
 

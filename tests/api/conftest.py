@@ -104,6 +104,11 @@ class LiveServer:
         """Where it listens."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def app(self) -> web.Application:
+        """Its HTTP surface."""
+        return self._runner.app
+
     def call(self, work: Awaitable[T], seconds: float = 60) -> T:
         """Run a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
@@ -208,9 +213,9 @@ def scripted(scripted_dir: Path) -> Iterator[LiveServer]:
     live.close()
 
 
-@pytest.fixture
-def special_server() -> Iterator[Callable[..., LiveServer]]:
-    """Start servers that differ from the usual one."""
+@contextlib.contextmanager
+def starter() -> Iterator[Callable[..., LiveServer]]:
+    """Start servers that differ from the usual one; all end with the context."""
     with contextlib.ExitStack() as stack:
 
         def start(api: ApiSettings | None = None, **changes: Any) -> LiveServer:
@@ -218,6 +223,20 @@ def special_server() -> Iterator[Callable[..., LiveServer]]:
             stack.callback(live.close)
             return live
 
+        yield start
+
+
+@pytest.fixture
+def special_server() -> Iterator[Callable[..., LiveServer]]:
+    """Start servers for one test."""
+    with starter() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def module_server() -> Iterator[Callable[..., LiveServer]]:
+    """Start servers for all tests of a module."""
+    with starter() as start:
         yield start
 
 

@@ -16,12 +16,23 @@ CLASSES = {
 
 def slo(headers=None, **fields) -> Slo:
     body = msgspec.convert({"messages": [], **fields}, ChatBody)
-    return slo_of(body, headers or {}, classes=CLASSES)
+    return slo_of(body, headers or {}, classes=CLASSES, default="default")
 
 
 def test_without_a_word_the_default_class_holds():
     assert slo() == CLASSES["default"]
-    assert slo_of(msgspec.convert({"messages": []}, ChatBody), {}, classes={}) == Slo()
+    body = msgspec.convert({"messages": []}, ChatBody)
+    assert slo_of(body, {}, classes={}, default="default") == Slo()
+
+
+def test_the_class_of_the_key_comes_after_everything_the_request_says():
+    def of(headers=None, **fields) -> Slo:
+        body = msgspec.convert({"messages": [], **fields}, ChatBody)
+        return slo_of(body, headers or {}, classes=CLASSES, default="chat")
+
+    assert of() == CLASSES["chat"]
+    assert of(slo="default") == of({"x-slo-class": "default"}) == CLASSES["default"]
+    assert of(tpot_slo_ms=30) == Slo(class_name="custom", ttft=1.0, tpot=0.03, weight=2.0)
 
 
 def test_a_class_is_named_in_body_or_header():

@@ -14,11 +14,12 @@ LIMITS = Limits(max_model_len=128, vocab_size=1000, max_sequences=8, eos_token_i
 
 def chat(**fields) -> Plan:
     body = {"messages": [{"role": "user", "content": "hi"}], **fields}
-    return plan_of(msgspec.convert(body, ChatBody), Slo(), LIMITS)
+    return plan_of(msgspec.convert(body, ChatBody), Slo(), LIMITS, scope="")
 
 
 def completion(**fields) -> Plan:
-    return plan_of(msgspec.convert({"prompt": "hi", **fields}, CompletionBody), Slo(), LIMITS)
+    body = msgspec.convert({"prompt": "hi", **fields}, CompletionBody)
+    return plan_of(body, Slo(), LIMITS, scope="")
 
 
 def test_defaults_are_those_of_the_openai_api():
