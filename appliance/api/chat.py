@@ -5,7 +5,7 @@ from aiohttp import web
 from appliance.api.chat_parts import PartsDialect
 from appliance.api.context import CONTEXT, new_id
 from appliance.api.conversation import Conversation, prepare
-from appliance.api.decode import BodyDecoder, read_body
+from appliance.api.decode import BodyDecoder, decode_beside, read_body
 from appliance.api.dialect import Dialect, PlainDialect
 from appliance.api.errors import ApiError, shown
 from appliance.api.generate import ignored_header, serve, unused_fields
@@ -25,7 +25,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     """Answer a conversation, in one piece or as a stream."""
     context = request.app[CONTEXT]
     raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-    decoded = request.app[DECODER].decode(raw)
+    decoded = await decode_beside(context.node.text, request.app[DECODER], raw)
     body = decoded.body
     check_model(body.model, context.node.info.model)
     if body.add_special_tokens:

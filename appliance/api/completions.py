@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from appliance.api.context import CONTEXT, Context, new_id
-from appliance.api.decode import BodyDecoder, read_body
+from appliance.api.decode import BodyDecoder, decode_beside, read_body
 from appliance.api.dialect import PlainDialect
 from appliance.api.generate import Job, ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
@@ -27,7 +27,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     """Continue one or several prompts, in one piece or as a stream."""
     context = request.app[CONTEXT]
     raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-    decoded = request.app[DECODER].decode(raw)
+    decoded = await decode_beside(context.node.text, request.app[DECODER], raw)
     body = decoded.body
     check_model(body.model, context.node.info.model)
     plan = plan_for(request, body)

@@ -22,10 +22,13 @@ from appliance.api.limits import ReceivingBudget
 from appliance.api.schemas import REFUSED, Refused, fields_of
 from appliance.api.settings import ConnectionLimits
 from appliance.api.unknown import kinds_of, unknown_fields
+from appliance.live.tokenise import TextService
 
 B = TypeVar("B", bound=msgspec.Struct)
 
 MAX_NAMED = 32
+LARGE_BODY_BYTES = 128 * 1024
+"""A larger body is not decoded on the event loop."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _KEY = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
@@ -171,6 +174,13 @@ class BodyDecoder(Generic[B]):
                 names.update(dict.fromkeys(unknown_fields(value, self._kinds[name], name)))
         plain = (name if _PLAIN_NAME.fullmatch(name) else "?" for name in names)
         return tuple(islice(plain, MAX_NAMED))
+
+
+async def decode_beside(text: TextService, decoder: BodyDecoder[B], data: bytes) -> Decoded[B]:
+    """Decode a large body in a thread of `text`, a small one at once. Raises like `decode`."""
+    if len(data) <= LARGE_BODY_BYTES:
+        return decoder.decode(data)
+    return await text.run(lambda: decoder.decode(data))
 
 
 def check_duplicates(data: bytes, fields: Mapping[str, msgspec.Raw]) -> dict[str, Any]:

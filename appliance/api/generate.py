@@ -206,7 +206,9 @@ async def _stream(request: web.Request, job: Job, stream: EventStream) -> web.St
 
 def _log_end(request: web.Request, job: Job, exchange: Exchange | None) -> None:
     outcome = "abandoned"
-    if exchange is not None and exchange.error is not None:
+    if isinstance(exchange, EventStream) and exchange.is_slow:
+        outcome = ErrorKind.SLOW_READER.value
+    elif exchange is not None and exchange.error is not None:
         outcome = exchange.error.body.code
     elif exchange is not None and exchange.over.done() and not exchange.over.cancelled():
         outcome = "completed"

@@ -168,6 +168,8 @@ class EventStream(Exchange):
         self._chunked = True
         self._waiting: list[bytes] = []
         self._closed = False
+        self.is_slow = False
+        """The client was cut off because it did not read."""
 
     @property
     def writable(self) -> bool:
@@ -198,7 +200,7 @@ class EventStream(Exchange):
             return
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         if transport.get_write_buffer_size() > self._max_buffer:
-            self._closed = True
+            self._closed = self.is_slow = True
             transport.abort()
             self._loop.call_soon(self._on_slow)
 

@@ -159,6 +159,10 @@ class TextService:
         """End the threads; running work is finished, waiting work is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    async def run(self, work: Callable[[], T]) -> T:
+        """Anything that takes long and concerns one prompt, in a thread of this service."""
+        return await self._run(work)
+
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 

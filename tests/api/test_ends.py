@@ -116,7 +116,10 @@ async def test_r3_a_client_that_leaves_while_tokenising_is_never_submitted(speci
     assert state_of(server)["totals"]["submitted"] == 0
 
 
-async def test_r15_a_reader_that_does_not_read_is_cut_off_and_others_go_on(special_server, http):
+async def test_r15_a_reader_that_does_not_read_is_cut_off_and_others_go_on(
+    special_server, http, caplog
+):
+    caplog.set_level("INFO")
     api = ApiSettings(max_stream_buffer_bytes=64 * 1024)
     server = special_server(api, num_workers=1, send_buffer=4096)
     document = json.dumps(body(1500, n=2, logprobs=20, stream=True)).encode()
@@ -134,6 +137,8 @@ async def test_r15_a_reader_that_does_not_read_is_cut_off_and_others_go_on(speci
     await until(lambda: state_of(server)["totals"]["ended"].get("slow_reader") == 2, 60)
     stuck.close()
     await settled(server)
+    outcomes = sorted(r.outcome for r in caplog.records if hasattr(r, "outcome"))
+    assert outcomes == ["completed", "slow_reader"]
 
 
 async def test_r16_a_full_queue_is_429_with_retry_after(special_server, http):
