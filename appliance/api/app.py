@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from appliance.api import admin, chat, completions, health, metrics, models, tokens
+from appliance.api import admin, chat, completions, embeddings, health, metrics, models, tokens
 from appliance.api.auth import GATE, Gate, guard
 from appliance.api.connection import ConnectionRunner
 from appliance.api.context import CONTEXT, REQUEST_ID, Context, Names, stamp
@@ -16,8 +16,13 @@ from appliance.api.cors import CORS, Cors, preflights
 from appliance.api.decode import RECEIVING, BodyDecoder, Receiving, too_large
 from appliance.api.errors import STATUS, ApiError, shown
 from appliance.api.grammars import DESK, GrammarDesk
+from appliance.api.messages import handler as messages
+from appliance.api.messages.errors import response as anthropic_error
+from appliance.api.messages.schemas import MESSAGES_REFUSED, MessagesBody
 from appliance.api.metrics import Metrics
 from appliance.api.observe import ApiStats
+from appliance.api.responses import handler as responses
+from appliance.api.responses.schemas import RESPONSES_REFUSED, ResponsesBody
 from appliance.api.schemas import (
     COMPLETIONS_REFUSED,
     ChatBody,
@@ -31,6 +36,7 @@ from appliance.core.types import ErrorKind
 from appliance.live.node import Node
 
 logger = logging.getLogger(__name__)
+ANTHROPIC = "/v1/messages"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -57,6 +63,8 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
     app.on_cleanup.append(_close_desk)
     app[chat.DECODER] = BodyDecoder(ChatBody)
     app[completions.DECODER] = BodyDecoder(CompletionBody, refused=COMPLETIONS_REFUSED)
+    app[responses.DECODER] = BodyDecoder(ResponsesBody, refused=RESPONSES_REFUSED)
+    app[messages.DECODER] = BodyDecoder(MessagesBody, refused=MESSAGES_REFUSED)
     app[tokens.TOKENIZE] = BodyDecoder(TokenizeBody)
     app[tokens.DETOKENIZE] = BodyDecoder(DetokenizeBody)
     app[metrics.METRICS] = Metrics(node, context.stats, gate.accounts)
@@ -66,6 +74,10 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
         [
             web.post("/v1/chat/completions", chat.handle),
             web.post("/v1/completions", completions.handle),
+            web.post("/v1/responses", responses.handle),
+            web.post(ANTHROPIC, messages.handle),
+            web.post(ANTHROPIC + "/count_tokens", messages.handle_count),
+            web.post("/v1/embeddings", embeddings.handle),
             web.get("/v1/models", models.handle_list),
             web.get("/v1/models/{model:.+}", models.handle_one),
             web.post("/tokenize", tokens.handle_tokenize),
@@ -93,22 +105,30 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         response = await handler(request)
     except ApiError as error:
-        response = error.response()
+        response = _worded(request, error)
     except web.HTTPException as error:
-        response = _routing_error(request, error).response()
+        response = _worded(request, _routing_error(request, error))
     except ConnectionError:  # the client has gone in mid-answer: counted, and said to nobody
         response = web.Response(status=STATUS[ErrorKind.CANCELLED])
     except Exception:
         logger.exception(
             "%s %s failed", request.method, request.path, extra={"request_id": request[REQUEST_ID]}
         )
-        response = ApiError(
+        broken = ApiError(
             f"Something broke in the server; its log names the request {request[REQUEST_ID]}.",
             status=500,
             code="internal_error",
-        ).response()
+        )
+        response = _worded(request, broken)
     _count(request, response.status)
     return response
+
+
+def _worded(request: web.Request, error: ApiError) -> web.Response:
+    """The error in the words of the API that was asked."""
+    if request.path == ANTHROPIC or request.path.startswith(ANTHROPIC + "/"):
+        return anthropic_error(error, request[REQUEST_ID])
+    return error.response()
 
 
 def _routing_error(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -6,8 +6,9 @@ from typing import Any, assert_never
 import msgspec
 
 from appliance.api.answer import AnswerParser
-from appliance.api.context import Context, new_id
+from appliance.api.context import Context
 from appliance.api.dialect import PlainDialect
+from appliance.api.ids import item_id
 from appliance.api.observe import Meter
 from appliance.api.part_sinks import PartCollectSink, PartSink
 from appliance.api.parts import (
@@ -82,7 +83,7 @@ class ChatNarrator:
             case CallBegun():
                 self._num_calls += 1
                 function = {"name": part.name, "arguments": ""}
-                return self._call(id=new_id("call"), type="function", function=function)
+                return self._call(id=item_id("call"), type="function", function=function)
             case CallArguments():
                 return self._call(function={"arguments": part.text})
             case CallEnded() | CallBroken():
@@ -140,7 +141,7 @@ class PartsDialect(PlainDialect):
         if calls:
             message["tool_calls"] = [
                 {
-                    "id": new_id("call"),
+                    "id": item_id("call"),
                     "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }

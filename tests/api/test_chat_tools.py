@@ -61,7 +61,7 @@ async def gather(stream: Any) -> Streamed:
             whole.reason = choice.finish_reason or whole.reason
             for call in delta.tool_calls or ():
                 if call.index not in whole.calls:
-                    assert call.id.startswith("call-")
+                    assert call.id.startswith("call_")
                     assert call.type == "function"
                     whole.calls[call.index] = {"name": call.function.name, "arguments": ""}
                 else:
