@@ -111,7 +111,7 @@ class Server:
         paced = options.devices.startswith("paced")
         config = directory / "soak.toml"
         laws = "true" if options.laws else "false"
-        config.write_text(CONFIG.format(memory="64KiB" if paced else "16MiB", laws=laws))
+        config.write_text(CONFIG.format(memory="40KiB" if paced else "10MiB", laws=laws))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
