@@ -143,9 +143,17 @@ def endless(server: Running, **changes: Any) -> tuple[http.client.HTTPConnection
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["--set", "server.prot=1"], 2, "--set: unknown key server.prot; did you mean server.port?"),
+        (
+            ["--set", "server.prot=1"],
+            2,
+            "--set: unknown key server.prot; did you mean server.port?",
+        ),
         (["--set", "servr.port=1"], 2, "--set: unknown section servr; did you mean server?"),
-        (["--port", "70000"], 2, "--port: server.port = 70000: expected an integer from 0 to 65535"),
+        (
+            ["--port", "70000"],
+            2,
+            "--port: server.port = 70000: expected an integer from 0 to 65535",
+        ),
         (["--config", "absent.toml"], 2, "--config absent.toml: no such file"),
         (["--set", "port=1"], 2, "--set port=1: write --set section.key=value"),
         (
