@@ -44,7 +44,7 @@ from tools.peers import (
 
 OURS = "appliance"
 CONCURRENCIES = (1, 8, 32)
-LEAST_REQUESTS = 8
+LEAST_REQUESTS = 4
 
 
 class Load(Record, frozen=True, kw_only=True):
@@ -53,12 +53,12 @@ class Load(Record, frozen=True, kw_only=True):
     prompt_tokens: int
     max_tokens: int
     rounds: int
-    """Requests of a turn: this many times the concurrency, at least `LEAST_REQUESTS`."""
+    """Requests of a turn: this many times the concurrency or `LEAST_REQUESTS`, what is more."""
     repeats: int
 
     def num_requests(self, concurrency: int) -> int:
         """Requests of one turn."""
-        return max(self.rounds * concurrency, min(LEAST_REQUESTS, 4 * self.rounds))
+        return self.rounds * max(concurrency, LEAST_REQUESTS)
 
 
 class Turn(Record, frozen=True, kw_only=True):

@@ -83,9 +83,11 @@ def process_tree(root: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, ended threads included; to the kernel's 10 ms."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system time of a process, ended threads included, in the kernel's nanoseconds.
+
+    The clock's number is what Linux makes of a pid for "CPU time of that process", see
+    clock_getcpuclockid(3)."""
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def start_on(core: int, command: Sequence[str], **how: Any) -> "subprocess.Popen[bytes]":
