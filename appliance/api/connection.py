@@ -16,7 +16,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
@@ -32,6 +32,9 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 UNSENT_BYTES = 64 * 1024
 """What the kernel may hold of one connection beyond what is on its way."""
+LINGER_SECONDS = 2.0
+"""For which the rest of a body is read and dropped after an answer that did not wait for it, so
+that a client which is still sending can read the answer."""
 _OPTIONS = ("TCP_USER_TIMEOUT", "TCP_NOTSENT_LOWAT")
 
 
@@ -50,9 +53,10 @@ class Connection(RequestHandler):
         if not self._turned_away:
             _bound(transport, stuck_seconds=self._server.limits.stuck_seconds)
             super().connection_made(transport)
-        elif isinstance(transport, asyncio.WriteTransport):
-            transport.write(raw_answer(_full(self._server.limits.max_connections)))
-            transport.close()
+        else:
+            stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
+            stream.write(raw_answer(_full(self._server.limits.max_connections)))
+            stream.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone."""
@@ -99,6 +103,7 @@ class ConnectionServer(web.Server):
             "max_field_size": limits.max_line_bytes,
             "max_headers": limits.max_headers,
             "keepalive_timeout": limits.idle_seconds,
+            "lingering_time": LINGER_SECONDS,
         }
         super().__init__(
             _typed(inner.request_handler),

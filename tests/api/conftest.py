@@ -19,6 +19,7 @@ import uvloop
 from aiohttp import web
 
 from appliance.api.app import build_app, make_runner
+from appliance.api.connection import ConnectionServer
 from appliance.api.settings import ApiSettings
 from appliance.config import load
 from appliance.core.node_state import DispatcherConfig
@@ -103,6 +104,12 @@ class LiveServer:
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def num_connections(self) -> int:
+        """Connections that are open."""
+        server = self._runner.server
+        return server.num_open if isinstance(server, ConnectionServer) else -1
 
     @property
     def app(self) -> web.Application:
