@@ -272,6 +272,16 @@ def test_too_long_for_the_worker_is_a_typed_end() -> None:
     assert node.error(1) is ErrorKind.TOO_LONG
 
 
+def test_an_answer_that_its_worker_cannot_go_on_with_is_a_typed_end_in_mid_stream() -> None:
+    node = Node(2)
+    node.arrive(1)
+    worker = node.where[1]
+    node.step(worker, [1])
+    node.hear(refuse(worker, 1, kind=ErrorKind.GRAMMAR))
+    assert node.error(1) is ErrorKind.GRAMMAR
+    assert node.hear(Aborted(worker=WorkerId(worker), request_id=RequestId(1))) == []
+
+
 def test_a_request_that_its_worker_dropped_is_placed_again() -> None:
     node = Node(2)
     node.arrive(1)

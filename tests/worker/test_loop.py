@@ -113,6 +113,44 @@ def test_columns_stand_in_the_order_of_the_report(rig: RigMaker) -> None:
         assert given[RequestId(1)] is None
 
 
+class FailingEngine(ScriptedEngine):
+    """Says of one request, at one of its tokens, that it cannot go on."""
+
+    def execute(self, plan: StepPlan) -> Sequence[SampledToken]:
+        return [
+            msgspec.structs.replace(s, failed="nothing may follow") if s.token == 77 else s
+            for s in super().execute(plan)
+        ]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_an_answer_that_cannot_go_on_is_refused_for_good_and_costs_the_others_nothing(
+    rig: RigMaker, depth: int
+) -> None:
+    engine = FailingEngine({1: [50] * 9, 2: [51, 51, 77, 51, 51, 51, 51], 3: [52] * 9})
+    node = rig(engine, depth=depth)
+    for number in (1, 2, 3):
+        node.assign(number, PROMPT, max_tokens=9)
+    node.finish(1, 3)
+    assert node.answers[1].tokens == [50] * 9
+    assert node.answers[3].tokens == [52] * 9
+    assert node.answers[2].tokens == [51, 51]
+    assert node.answers[2].reason is None
+    node.until(lambda: bool(node.reports(Aborted)))
+    about = [
+        report
+        for reports, _ in node.frames
+        for report in reports
+        if isinstance(report, Refused | Aborted)
+    ]
+    refused, aborted = about  # in this order: what was aborted unasked would be placed again
+    assert isinstance(refused, Refused)
+    assert (refused.kind, refused.request_id) == (ErrorKind.GRAMMAR, 2)
+    assert "nothing may follow" in refused.reason
+    assert isinstance(aborted, Aborted)
+    node.until(lambda: 2 in engine.dropped)
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_r12_every_depth_gives_the_same_answers(
     rig: RigMaker, tokens: TokenText, tokenizer: Tokenizer, depth: int

@@ -1,5 +1,6 @@
 """The paced engine: answers depend on the prompt alone, KV marks see every mix-up, time is kept."""
 
+import json
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from appliance.api.grammar_check import Check, grammar_of
 from appliance.core.payload import Sampling, SequenceState
 from appliance.core.start import WorkerStart
 from appliance.core.types import BatcherConfig, Phase, RequestId, SeqWork, StepPlan, WorkerId
@@ -64,6 +66,7 @@ class Rig:
             num_blocks=num_blocks,
             block_tokens=BLOCK,
             max_positions=max_positions,
+            tokenizer=MODEL / "tokenizer.json",
             validate=validate,
             clock=self.clock,
         )
@@ -185,6 +188,54 @@ def test_answer_ends_at_a_length_of_its_prompt(tokens: TokenText) -> None:
     assert answer_length(rig, 0, [5, 6, 0], other_seed) == lengths[0]
     long = msgspec.structs.replace(sampling, min_tokens=4999)
     assert answer_length(rig, 0, [5, 6, 0], long) == 4999
+
+
+FORM = grammar_of(
+    Check(
+        kind="json_schema",
+        text='{"type":"object","properties":{"a":{"type":"string","maxLength":9},"b":{"enum":[1,"x"]}},'
+        '"required":["a","b"],"additionalProperties":false}',
+    )
+)
+
+
+def test_R21_an_answer_of_a_fixed_form_has_it_and_ends_there(tokens: TokenText) -> None:
+    rig = Rig(tokens, num_blocks=200)
+    for number in range(6):
+        rig.add(number, PROMPT, Sampling(seed=number, eos_token_ids=(EOS,), grammar=FORM))
+        ids = rig.generate(number, len(PROMPT), 60)
+        end = ids.index(EOS)
+        assert set(ids[end:]) == {EOS}
+        stream = tokens.stream()
+        value = json.loads("".join(map(stream.push, ids[:end])))
+        assert value.keys() == {"a", "b"}
+        assert value["b"] in (1, "x")
+
+
+def test_R5_an_answer_of_a_fixed_form_goes_on_elsewhere_with_the_same_tokens(
+    tokens: TokenText,
+) -> None:
+    sampling = Sampling(seed=4, eos_token_ids=(EOS,), grammar=FORM)
+    whole = Rig(tokens)
+    whole.add(1, PROMPT, sampling)
+    expected = whole.generate(1, len(PROMPT), 16)
+    for at in (1, 5, 15):
+        other = Rig(tokens)
+        other.add(1, PROMPT, sampling, emitted=np.array(expected[:at], dtype="<i4").tobytes())
+        assert other.generate(1, len(PROMPT) + at, 16 - at) == expected[at:]
+
+
+def test_an_answer_that_its_grammar_lets_nowhere_fails_alone(tokens: TokenText) -> None:
+    rig = Rig(tokens)
+    broken = Sampling(
+        eos_token_ids=(EOS,), grammar='{"grammars":[{"lark_grammar":"start: nobody"}]}'
+    )
+    rig.add(1, PROMPT, broken)
+    rig.add(2, PROMPT)
+    n = len(PROMPT)
+    failed, fine = rig.step(rig.work(1, 0, n), rig.work(2, 0, n))
+    assert "nobody" in failed.failed
+    assert fine.failed == ""
 
 
 def test_logprobs_are_those_of_an_even_draw(tokens: TokenText) -> None:
