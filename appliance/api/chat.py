@@ -3,6 +3,7 @@
 from aiohttp import web
 
 from appliance.api.chat_parts import PartsDialect
+from appliance.api.constraints import settled
 from appliance.api.context import CONTEXT, new_id
 from appliance.api.conversation import Conversation, prepare
 from appliance.api.decode import BodyDecoder, decode_beside, read_body
@@ -13,7 +14,6 @@ from appliance.api.grammars import DESK
 from appliance.api.plans import plan_for
 from appliance.api.schemas import ChatBody
 from appliance.api.speech import SPEECH, Speech
-from appliance.api.structured import constrained, spoken_plainly
 from appliance.api.tools import choice_of, tool_use, tools_of
 from appliance.api.turns import turns_of
 from appliance.api.validate import check_model, invalid
@@ -32,14 +32,20 @@ async def handle(request: web.Request) -> web.StreamResponse:
         raise invalid("add_special_tokens", "must be false: the chat template writes them.")
     speech = request.app[SPEECH]
     plan = plan_for(request, body)
-    settled = await constrained(request.app[DESK], body, plan)
+    form = await settled(
+        request.app[DESK],
+        body,
+        plan=plan,
+        conversation=conversation_of(body, speech),
+        speech=speech,
+    )
     job, reading = await prepare(
         context,
         speech,
-        spoken_plainly(conversation_of(body, speech), settled.plan, speech),
+        form.conversation,
         name=new_id("chatcmpl"),
-        plan=settled.plan,
-        headers=ignored_header((*decoded.ignored, *settled.ignored, *unused_fields(context, plan))),
+        plan=form.plan,
+        headers=ignored_header((*decoded.ignored, *form.ignored, *unused_fields(context, plan))),
     )
     dialect: Dialect
     if reading.plain:

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 from llguidance import LLMatcher, grammar_from
 
+from appliance.api.call_grammar import CallSpec, lark_of
 from appliance.core.types import Record
 from appliance.worker.grammar import GrammarFailed, Grammars, in_words
 
@@ -34,6 +35,8 @@ MAX_STEP_SECONDS = 0.1
 """Processor time of compiling with the first mask, and of any further mask."""
 WALKS = 2
 WALK_TOKENS = 64
+MAX_TOOL_WALKS = 6
+"""Walks that are added for tools, one for each up to this many."""
 MAX_NESTED_REPEATS = 2_000
 """Copies that repetitions within repetitions of a pattern may amount to."""
 MAX_DIVISOR = 10_000
@@ -48,7 +51,8 @@ _PR_SET_PDEATHSIG = 1
 
 class Check(Record, frozen=True, kw_only=True):
     """A grammar to be tried: `kind` "json_schema" (`text`: the schema), "regex", "choice" (a JSON
-    list of strings) or "lark". With `lenient`, what cannot be enforced is left out and told."""
+    list of strings), "tool_calls" (a `CallSpec`) or "lark". With `lenient`, what cannot be
+    enforced is left out and told."""
 
     kind: str
     text: str
@@ -82,14 +86,15 @@ class Checker:
             failed, messages = LLMatcher.validate_grammar_with_warnings(text)
             if failed:
                 raise Unfit(in_words(messages[0]))
-            self._walk(text)
+            for walked, walks in _walks(check, text):
+                self._walk(walked, walks)
         except (Unfit, GrammarFailed) as error:
             return Verdict(error=str(error))
         return Verdict(grammar=text, ignored=tuple(messages))
 
-    def _walk(self, text: str) -> None:
+    def _walk(self, text: str, walks: int) -> None:
         """Say what the grammar allows, at random, and look at what each step costs."""
-        for seed in range(WALKS):
+        for seed in range(walks):
             random, began = Random(seed), time.thread_time()
             grammar = self._grammars.open(text, ends=self._ends, emitted=())
             limit = MAX_BUILD_SECONDS
@@ -118,6 +123,8 @@ def grammar_of(check: Check) -> str:
             return str(grammar_from("choice", check.text))
         case "lark":
             return str(grammar_from("lark", check.text))
+        case "tool_calls":
+            return str(grammar_from("lark", _calls_grammar(check.text)))
         case other:
             raise Unfit(f"{other!r} is not a kind of grammar")
 
@@ -125,19 +132,52 @@ def grammar_of(check: Check) -> str:
 def _json_grammar(text: str, *, lenient: bool) -> str:
     try:
         schema = json.loads(text)
-        if not isinstance(schema, dict):
-            raise Unfit("it is not a JSON object")
+    except RecursionError as error:
+        raise Unfit("it is nested too deeply") from error
+    except ValueError as error:
+        raise Unfit(f"it is not valid JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise Unfit("it is not a JSON object")
+    return json.dumps({"grammars": [{"json_schema": json.loads(_styled(schema, lenient))}]})
+
+
+def _walks(check: Check, text: str) -> list[tuple[str, int]]:
+    """Grammars to walk through, and how often, so that every part is likely to be met."""
+    if check.kind != "tool_calls":
+        return [(text, WALKS)]
+    spec = msgspec.json.decode(check.text, type=CallSpec)
+    walks = WALKS + min(len(spec.tools), MAX_TOOL_WALKS)
+    if not spec.prose:
+        return [(text, walks)]
+    calls = msgspec.json.encode(msgspec.structs.replace(spec, prose=False)).decode()
+    return [(text, WALKS), (grammar_of(Check(kind=check.kind, text=calls)), walks)]
+
+
+def _calls_grammar(text: str) -> str:
+    """`text` is a `CallSpec`."""
+    try:
+        return lark_of(msgspec.json.decode(text, type=CallSpec), _styled)
+    except Unfit as error:
+        raise Unfit(" ".join([str(error), *getattr(error, "__notes__", ())])) from error
+    except RecursionError as error:
+        raise Unfit("it is nested too deeply") from error
+    except ValueError as error:
+        raise Unfit(str(error)) from error
+
+
+def _styled(schema: dict[str, Any], lenient: bool) -> str:
+    """A schema that can be compiled, with what it shall look like. Raises `Unfit`."""
+    try:
         words = [*_keywords(schema)]
         refuse_repeats(value for key, value in words if key == "pattern")
         refuse_repeats(key for _, value in words if isinstance(value, dict) for key in value)
         refuse_divisors(value for key, value in words if key == "multipleOf")
         options = {**JSON_STYLE, "lenient": True} if lenient else JSON_STYLE
-        styled = json.dumps({**schema, "x-guidance": options}, allow_nan=False)
+        return json.dumps({**schema, "x-guidance": options}, allow_nan=False)
     except RecursionError as error:
         raise Unfit("it is nested too deeply") from error
     except ValueError as error:
         raise Unfit(f"it is not valid JSON: {error}") from error
-    return json.dumps({"grammars": [{"json_schema": json.loads(styled)}]})
 
 
 def _keywords(schema: dict[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -33,20 +33,25 @@ async def constrained(desk: GrammarDesk, body: GenerationBody, plan: Plan) -> Co
     wanted = wanted_of(body)
     if wanted is None:
         return Constrained(plan=plan)
-    for name, given in (("ignore_eos", body.ignore_eos), ("min_tokens", body.min_tokens)):
-        if given:
-            raise ApiError(
-                f"'{name}' cannot be combined with '{wanted.param}', which says where the answer "
-                "ends; leave one of them out.",
-                code="unsupported_parameter",
-                param=name,
-            )
+    check_end(body, wanted.param)
     known = await desk.compiled(wanted)
     sampling = msgspec.structs.replace(plan.sampling, grammar=known.grammar)
     return Constrained(
         plan=msgspec.structs.replace(plan, sampling=sampling),
         ignored=(wanted.param,) if known.ignored else (),
     )
+
+
+def check_end(body: GenerationBody, param: str) -> None:
+    """Raise `ApiError` for what would keep an answer from ending where `param` says."""
+    for name, given in (("ignore_eos", body.ignore_eos), ("min_tokens", body.min_tokens)):
+        if given:
+            raise ApiError(
+                f"'{name}' cannot be combined with '{param}', which says where the answer "
+                "ends; leave one of them out.",
+                code="unsupported_parameter",
+                param=name,
+            )
 
 
 def spoken_plainly(conversation: Conversation, plan: Plan, speech: Speech) -> Conversation:

@@ -20,6 +20,8 @@ class Tool(Record, frozen=True, kw_only=True):
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+    """Arguments shall follow the schema, whatever the model would write."""
 
     def for_template(self) -> dict[str, Any]:
         """The form in which chat templates list tools."""
@@ -71,12 +73,12 @@ def tools_of(bodies: Sequence[ToolBody] | None) -> tuple[Tool, ...]:
         function = body.function
         if function is None:
             raise invalid(f"{at}.function", "is missing; give its name and parameters.")
-        check_strict(strict=function.strict, at=f"{at}.function.strict")
         tools.append(
             Tool(
                 name=function.name,
                 description=function.description,
                 parameters=function.parameters,
+                strict=bool(function.strict),
             )
         )
     check_names([tool.name for tool in tools], "tools[{}].function.name")
@@ -90,17 +92,6 @@ def check_kind(kind: str, at: str) -> None:
             f"'{at}.type' is {shown(kind)}; only tools of type 'function' are served.",
             code="unsupported_value",
             param=f"{at}.type",
-        )
-
-
-def check_strict(*, strict: bool | None, at: str) -> None:
-    """Raise `ApiError` for a promise that is not kept."""
-    if strict:
-        raise ApiError(
-            f"'{at}' is not supported with the value True: arguments are not held to their schema; "
-            "leave it out.",
-            code="unsupported_parameter",
-            param=at,
         )
 
 
@@ -154,12 +145,5 @@ def tool_use(
             f"'tools' is not supported: {speech.no_tools}; leave it out.",
             code="unsupported_parameter",
             param="tools",
-        )
-    if choice.mode == "required":
-        raise ApiError(
-            "'tool_choice' is only supported as 'auto' or 'none'; the model decides whether it "
-            "calls.",
-            code="unsupported_parameter",
-            param="tool_choice",
         )
     return use

@@ -20,6 +20,7 @@ from aiohttp import web
 
 from appliance.api.app import build_app, make_runner
 from appliance.api.connection import ConnectionServer
+from appliance.api.grammars import DESK, Wanted
 from appliance.api.settings import ApiSettings
 from appliance.config import load
 from appliance.core.node_state import DispatcherConfig
@@ -216,6 +217,8 @@ def scripted_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripted(scripted_dir: Path) -> Iterator[LiveServer]:
     """One server of that model for all tests of a module."""
     live = start_scripted(scripted_dir)
+    first = Wanted(param="first", kind="choice", text='["yes"]')
+    live.call(live.app[DESK].compiled(first))  # its process is the module's, not of one test
     yield live
     live.close()
 

@@ -243,6 +243,13 @@ def with_function(**fields: Any) -> dict[str, Any]:
          "invalid_value"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "unsupported_value"),
         ({"tool_choice": "required", "tools": []}, "tool_choice", "invalid_value"),
+        (with_function(parameters={"type": "array"}) | {"tool_choice": "required"}, "tools",
+         "invalid_value"),
+        (with_function(parameters={"type": "object", "not": {}}, strict=True), "tools",
+         "invalid_value"),
+        ({"tool_choice": "required", "extra_body": {"ignore_eos": True}}, "ignore_eos",
+         "unsupported_parameter"),
+        ({"extra_body": {"guided_regex": "a+"}}, "tools", "unsupported_parameter"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
     ],
 )  # fmt: skip
@@ -251,6 +258,73 @@ async def test_refusals_name_the_field(client, fields, param, code, stream):
     with pytest.raises(openai.BadRequestError) as caught:
         await chat(client, "plain", stream=stream, **fields)
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+CITY = {"type": "string", "enum": ["Bonn", "Paris"]}
+FORCED: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": CITY},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.mark.parametrize("script", ["plain", "malformed", "think"])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+async def test_a_call_that_is_required_comes_whatever_the_model_would_say(client, script, choice):
+    options = {"tools": FORCED, "tool_choice": choice, "parallel_tool_calls": False}
+    whole, streamed = await both_ways(client, script, **options)
+    assert whole.finish_reason == streamed.reason == "tool_calls"
+    assert whole.message.content is None
+    (call,) = whole.message.tool_calls
+    assert streamed.named == [(call.function.name, call.function.arguments)]
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "weather":
+        assert arguments in ({"city": "Bonn"}, {"city": "Paris"})
+    else:
+        assert arguments == {}
+    assert call.function.name == "weather" or choice == "required"
+
+
+async def test_a_strict_tool_is_called_by_its_schema_and_prose_is_free(client):
+    strict: Any = json.loads(json.dumps(FORCED))
+    strict[0]["function"]["strict"] = True
+    whole, streamed = await both_ways(client, "weather", tools=strict)
+    assert whole.message.content == "Let me look."
+    (call,) = whole.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert arguments in ({"city": "Bonn"}, {"city": "Paris"}), "the model would say days, too"
+    assert streamed.named == [(call.function.name, call.function.arguments)]
+    plain, _ = await both_ways(client, "plain", tools=strict)
+    assert plain.message.content == "Good morning to you, dear reader."
+    assert plain.finish_reason == "stop"
+
+
+async def test_a_call_may_come_in_place_of_a_document(client):
+    schema = {
+        "type": "object",
+        "properties": {"a": CITY},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    whole, _ = await both_ways(client, "both", tools=FORCED, response_format=form)
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.tool_calls[0].function.name == "weather"
+    other, _ = await both_ways(client, "plain", tools=FORCED, response_format=form)
+    if other.finish_reason == "stop":
+        assert json.loads(other.message.content)["a"] in CITY["enum"]
 
 
 async def test_the_operator_can_switch_both_off(special_server, scripted_dir):

@@ -133,7 +133,7 @@ async def test_targets_in_headers_and_body_are_carried(server, http, monkeypatch
     ("method", "path", "status", "code"),
     [
         ("GET", "/nope", 404, "unknown_url"),
-        ("POST", "/v1/embeddings", 404, "unknown_url"),
+        ("POST", "/v1/embeddings", 404, "no_embedding_model"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("PUT", COMPLETIONS, 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),

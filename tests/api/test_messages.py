@@ -1,5 +1,6 @@
 """/v1/messages through Anthropic's own client, on a real model whose words are known."""
 
+import json
 from typing import Any
 
 import anthropic
@@ -264,3 +265,30 @@ async def test_other_failures_have_their_own_types(client):
         await client.get("/v1/messages", cast_to=object)
     assert refused.value.status_code == 405
     assert refused.value.body["error"]["code"] == "method_not_allowed"
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "enum": ["Bonn", "Paris"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
+async def test_a_call_that_is_required_comes(client, choice):
+    tools = [{"name": "weather", "input_schema": SCHEMA}]
+    message = await ask(client, "plain", tools=tools, tool_choice=choice)
+    assert message.stop_reason == "tool_use"
+    assert message.content[0].name == "weather"
+    assert message.content[0].input["city"] in ("Bonn", "Paris")
+
+
+async def test_the_text_has_the_form_that_was_asked_for(client):
+    form = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    message = await ask(client, "plain", output_config=form)
+    assert json.loads(message.content[0].text)["city"] in ("Bonn", "Paris")
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        await ask(client, "plain", output_config={"format": {"type": "xml", "schema": SCHEMA}})
+    body: Any = caught.value.body
+    assert body["error"]["param"] == "output_config.format.type"

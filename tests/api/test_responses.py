@@ -237,3 +237,37 @@ async def test_an_embedding_model_is_not_here(client):
         await client.embeddings.create(model="tiny", input="x")
     assert caught.value.code == "no_embedding_model"
     assert "No embedding model is served" in caught.value.message
+
+
+CITY = {"type": "string", "enum": ["Bonn", "Paris"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": CITY},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+async def test_a_call_that_is_required_comes(client, choice):
+    tools: Any = [
+        {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True},
+    ]
+    answer = await respond(client, "plain", tools=tools, tool_choice=choice)
+    call = answer.output[0]
+    assert (call.type, call.name) == ("function_call", "weather")
+    assert json.loads(call.arguments)["city"] in CITY["enum"]
+    assert answer.tool_choice.model_dump() == choice if isinstance(choice, dict) else choice
+
+
+async def test_the_text_has_the_form_that_was_asked_for(client):
+    form: Any = {"type": "json_schema", "name": "place", "schema": SCHEMA, "strict": True}
+    answer = await respond(client, "plain", text={"format": form})
+    assert json.loads(answer.output_text)["city"] in CITY["enum"]
+    assert answer.text.format.name == "place"
+    with pytest.raises(openai.BadRequestError) as caught:
+        await respond(client, "plain", text={"format": {"type": "xml"}})
+    assert caught.value.param == "text.format.type"
+    with pytest.raises(openai.BadRequestError) as caught:
+        await respond(client, "plain", text={"format": {**form, "schema": {"type": 5}}})
+    assert caught.value.param == "text.format.schema"

@@ -5,11 +5,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from appliance.api.constraints import settled
 from appliance.api.context import CONTEXT
 from appliance.api.conversation import Conversation, fields_named, prepare
-from appliance.api.decode import BodyDecoder, read_body
+from appliance.api.decode import BodyDecoder, decode_beside, read_body
 from appliance.api.errors import ApiError, shown
-from appliance.api.generate import ignored_header, serve
+from appliance.api.generate import ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
 from appliance.api.ids import item_id
 from appliance.api.plans import plan_for
@@ -18,8 +19,7 @@ from appliance.api.responses.items import turns_of_input
 from appliance.api.responses.schemas import ResponsesBody, TextFormat
 from appliance.api.schemas import ChatBody, GenerationBody, JsonSchemaFormat, ResponseFormat
 from appliance.api.speech import SPEECH, Speech
-from appliance.api.structured import constrained, spoken_plainly
-from appliance.api.tools import Choice, Tool, check_kind, check_names, check_strict, tool_use
+from appliance.api.tools import Choice, Tool, check_kind, check_names, tool_use
 from appliance.api.validate import check_model, invalid
 
 DECODER = web.AppKey("responses_decoder", BodyDecoder[ResponsesBody])
@@ -40,7 +40,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     """Answer a conversation, in one piece or as a stream of events."""
     context = request.app[CONTEXT]
     raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-    decoded = request.app[DECODER].decode(raw)
+    decoded = await decode_beside(context.node.text, request.app[DECODER], raw)
     body = decoded.body
     check_model(body.model, context.node.info.model)
     check_fields(body)
@@ -48,15 +48,24 @@ async def handle(request: web.Request) -> web.StreamResponse:
     conversation = conversation_of(body, speech)
     with fields_named(NAMES):
         chat = chat_body(body)
-        settled = await constrained(request.app[DESK], chat, plan_for(request, chat))
+        plan = plan_for(request, chat)
+        form = await settled(
+            request.app[DESK],
+            chat,
+            plan=plan,
+            conversation=conversation,
+            speech=speech,
+        )
         name = item_id("resp")
         job, reading = await prepare(
             context,
             speech,
-            spoken_plainly(conversation, settled.plan, speech),
+            form.conversation,
             name=name,
-            plan=settled.plan,
-            headers=ignored_header((*decoded.ignored, *settled.ignored)),
+            plan=form.plan,
+            headers=ignored_header(
+                (*decoded.ignored, *form.ignored, *unused_fields(context, plan))
+            ),
         )
     envelope = Envelope(name, context.node.info.model, echo_of(body))
     return await serve(context, request, job=job, dialect=ResponsesDialect(envelope, reading))
@@ -103,9 +112,13 @@ def tools_of(body: ResponsesBody) -> tuple[Tool, ...]:
         check_kind(given.type, at)
         if given.name is None:
             raise invalid(f"{at}.name", "is missing; name the function.")
-        check_strict(strict=given.strict, at=f"{at}.strict")
         tools.append(
-            Tool(name=given.name, description=given.description, parameters=given.parameters)
+            Tool(
+                name=given.name,
+                description=given.description,
+                parameters=given.parameters,
+                strict=bool(given.strict),
+            )
         )
     check_names([tool.name for tool in tools], "tools[{}].name")
     return tuple(tools)

@@ -17,11 +17,23 @@ class MakeParser(Protocol):
     ) -> CallParser: ...
 
 
+class CallWords(Record, frozen=True, kw_only=True):
+    """The text around a call: `trigger before NAME, key: ARGUMENTS after`, and `between` two."""
+
+    trigger: str
+    """The tag that announces a call; empty when nothing does."""
+    before: str
+    key: str
+    after: str
+    between: str
+
+
 class ToolFormat(Record, frozen=True, kw_only=True):
     """How a family of models writes its calls."""
 
     name: str
     make: MakeParser
+    words: CallWords
     markers: tuple[str, ...]
     """Must reach the parser, even where the tokenizer holds them for markup."""
     taught_by: Callable[[str], bool]
@@ -38,10 +50,24 @@ def _teaches_llama(template: str) -> bool:
 
 FORMATS: Mapping[str, ToolFormat] = {
     "hermes": ToolFormat(
-        name="hermes", make=HermesCalls, markers=(OPENER, CLOSER), taught_by=_teaches_hermes
+        name="hermes",
+        make=HermesCalls,
+        words=CallWords(
+            trigger=OPENER,
+            before='\n{"name": ',
+            key="arguments",
+            after="}\n" + CLOSER,
+            between="\n",
+        ),
+        markers=(OPENER, CLOSER),
+        taught_by=_teaches_hermes,
     ),
     "llama3_json": ToolFormat(
-        name="llama3_json", make=LlamaCalls, markers=(TAG,), taught_by=_teaches_llama
+        name="llama3_json",
+        make=LlamaCalls,
+        words=CallWords(trigger="", before='{"name": ', key="parameters", after="}", between="; "),
+        markers=(TAG,),
+        taught_by=_teaches_llama,
     ),
 }
 """Formats by the name that the configuration uses, in the order in which templates are asked."""
