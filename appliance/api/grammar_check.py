@@ -13,6 +13,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -47,6 +48,7 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separa
 nothing else for ever."""
 
 _PR_SET_PDEATHSIG = 1
+_VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 
 class Check(Record, frozen=True, kw_only=True):
@@ -196,7 +198,11 @@ def refuse_repeats(patterns: Iterable[Any]) -> None:
     """Raise `Unfit` for a pattern whose repetitions within repetitions amount to too many copies:
     `(a{300}){300}`."""
     for pattern in patterns:
-        if isinstance(pattern, str) and nested_repeats(pattern) > MAX_NESTED_REPEATS:
+        if not isinstance(pattern, str):
+            continue
+        if _VERBOSE.search(pattern):
+            raise Unfit("a pattern has comments (flag x)")
+        if nested_repeats(pattern) > MAX_NESTED_REPEATS:
             raise Unfit("a pattern has repetitions within repetitions that amount to too much")
 
 
@@ -219,7 +225,7 @@ def nested_repeats(pattern: str) -> int:
         elif letter == "{" and (count := _count(pattern, position)) is not None:
             product, depth = closed[0] * count, closed[1] + 1
             deepest[-1] = max(deepest[-1], (product, depth))
-            closed = (product, depth)
+            closed, position = (product, depth), pattern.index("}", position) + 1
             if depth > 1:
                 best = max(best, product)
         elif letter not in "*+?":

@@ -115,10 +115,10 @@ class GrammarDesk:
     async def _try(self, key: Wanted) -> Known:
         async with self._one_at_a_time:
             try:
-                process = self._process
-                if process is None or process.returncode is not None:
-                    process = await self._start()
-                known = await self._exchange(process, key)
+                # a process that was killed from outside is not the grammar's fault: once more
+                known = await self._exchange(key) or await self._exchange(key)
+                if known is None:
+                    known = Known(error="it cannot be compiled")
             except TimeoutError:
                 known = Known(error=f"it could not be compiled within {CHECK_SECONDS:g} seconds")
                 await self._end()
@@ -133,18 +133,23 @@ class GrammarDesk:
             self._known.popitem(last=False)
         return known
 
-    async def _exchange(self, process: Process, key: Wanted) -> Known:
+    async def _exchange(self, key: Wanted) -> Known | None:
+        """Ask the process, a new one if there is none. None when it ended over the question."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            process = await self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(msgspec.json.encode(key) + b"\n")
+        line = b""
         async with asyncio.timeout(CHECK_SECONDS):
-            await process.stdin.drain()
-            line = await process.stdout.readline()
-        if not line:
-            # the grammar has killed the process: no worker shall see it
-            await self._end()
-            return Known(error="it cannot be compiled")
-        return msgspec.json.decode(line, type=Known)
+            with suppress(ConnectionError):
+                process.stdin.write(msgspec.json.encode(key) + b"\n")
+                await process.stdin.drain()
+                line = await process.stdout.readline()
+        if line:
+            return msgspec.json.decode(line, type=Known)
+        await self._end()
+        return None
 
     async def _start(self) -> Process:
         process = await asyncio.create_subprocess_exec(
