@@ -53,8 +53,8 @@ _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 class Check(Record, frozen=True, kw_only=True):
     """A grammar to be tried: `kind` "json_schema" (`text`: the schema), "regex", "choice" (a JSON
-    list of strings), "tool_calls" (a `CallSpec`) or "lark". With `lenient`, what cannot be
-    enforced is left out and told."""
+    list of strings) or "tool_calls" (a `CallSpec`). With `lenient`, what cannot be enforced is left
+    out and told."""
 
     kind: str
     text: str
@@ -123,8 +123,6 @@ def grammar_of(check: Check) -> str:
             return str(grammar_from("regex", check.text))
         case "choice":
             return str(grammar_from("choice", check.text))
-        case "lark":
-            return str(grammar_from("lark", check.text))
         case "tool_calls":
             return str(grammar_from("lark", _calls_grammar(check.text)))
         case other:

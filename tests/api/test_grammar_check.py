@@ -141,12 +141,9 @@ def test_options_of_the_library_are_not_the_clients_to_set(checker: Checker) -> 
     }
 
 
-def test_choices_and_grammars_of_the_server_itself(checker: Checker) -> None:
+def test_choices_are_served_and_other_kinds_are_not(checker: Checker) -> None:
     choice = Check(kind="choice", text=json.dumps(['say "hi"', "a\\b", "日本\n"]))
     assert checker.check(choice).error == ""
-    tag = 'start: "<call>" %json {"type": "object"} "</call>"'
-    assert checker.check(Check(kind="lark", text=tag)).error == ""
-    assert checker.check(Check(kind="lark", text="start: nobody")).error
     assert "kind" in checker.check(Check(kind="bnf", text="x")).error
 
 
