@@ -55,7 +55,7 @@ def node_settings(**changes: Any) -> NodeSettings:
         model="tiny",
         version="0.0.test",
         fingerprint="test",
-        model_dir=str(MODEL),
+        model_dir=str(changes.pop("model_dir", MODEL)),
         dtype="float32",
         eos_token_ids=(2,),
         workers=tuple(
