@@ -166,7 +166,7 @@ def endless(server: Running, **changes: Any) -> tuple[http.client.HTTPConnection
             ["--devices", "paced:2@b1000"],
             2,
             "devices.spec = 'paced:2@b1000' (--devices): unknown device profile 'b1000'; "
-            "use one of: cpu, h100-8b, h200-8b",
+            "use one of: cpu, h100-8b, h200-8b, or fixed-20ms",
         ),
         (
             ["--max-model-len", "9000"],

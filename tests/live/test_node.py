@@ -141,12 +141,12 @@ async def test_r2_an_abort_storm_of_a_thousand_leaks_nothing() -> None:
 async def test_a_sink_that_fails_ends_alone() -> None:
     async with running(make_settings(num_workers=1)) as node:
         bad_ticket, (bad,) = await submit(node, "bad", max_tokens=40)
-        good_ticket, (good,) = await submit(node, "good", max_tokens=40)
 
         def fail() -> None:
             raise OSError("the other side has gone")
 
-        bad.on_push = fail
+        bad.on_push = fail  # before anything else is awaited: no token has come yet
+        good_ticket, (good,) = await submit(node, "good", max_tokens=40)
         await asyncio.gather(bad_ticket.done, good_ticket.done)
         assert bad.the_end.error is ErrorKind.INTERNAL
         assert len(bad.tokens) == 1
@@ -156,9 +156,10 @@ async def test_a_sink_that_fails_ends_alone() -> None:
 
 async def test_r15_a_sink_may_give_up_in_the_middle_of_a_frame() -> None:
     async with running(make_settings(num_workers=1)) as node:
-        work = [await submit(node, f"reader {i}", max_tokens=50) for i in range(6)]
-        slow_ticket, (slow,) = work[2]
+        slow_ticket, (slow,) = await submit(node, "slow reader", max_tokens=50)
         slow.on_push = lambda: node.cancel(slow_ticket, ErrorKind.SLOW_READER)
+        work = [await submit(node, f"reader {i}", max_tokens=50) for i in range(5)]
+        work.insert(2, (slow_ticket, [slow]))
         await asyncio.gather(*(ticket.done for ticket, _ in work))
         assert slow.the_end.error is ErrorKind.SLOW_READER
         assert len(slow.tokens) == 1
