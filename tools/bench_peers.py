@@ -19,7 +19,9 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -45,6 +47,7 @@ from tools.peers import (
 OURS = "appliance"
 CONCURRENCIES = (1, 8, 32)
 LEAST_REQUESTS = 4
+WARM_TOKENS = 8
 
 
 class Load(Record, frozen=True, kw_only=True):
@@ -144,7 +147,7 @@ def run(
     """All turns, as they are finished. Raises `RuntimeError` if an answer has another length."""
     for number, contestant in enumerate(contestants):
         warm = prompts.draw(f"warm {number}", max(concurrencies))
-        contestant.ask(warm, max_tokens=load.max_tokens, concurrency=max(concurrencies))
+        contestant.ask(warm, max_tokens=WARM_TOKENS, concurrency=max(concurrencies))
     for concurrency in concurrencies:
         requests = load.num_requests(concurrency)
         for repeat in range(load.repeats):
@@ -284,6 +287,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended too
     os.sched_setaffinity(0, {options.client_core})
     load = Load(
         prompt_tokens=options.prompt_tokens,
