@@ -24,13 +24,13 @@ class AnswerParser:
         *,
         stops: Sequence[str] = (),
     ) -> None:
-        """`stops`: stop strings that the worker leaves in the text (complete, at the very end);
-        they are cut off, and the one that was hit is remembered."""
+        """`stops`: stop strings that the worker leaves in the text; one at the very end is cut off
+        and remembered (a string like it before the end is text)."""
         self._thoughts = thoughts
         self._calls = calls
         self._stops = sorted(stops, key=len, reverse=True)
         self.stopped_by: str | None = None
-        """The stop string that ended the answer."""
+        """The stop string that ended the answer, as far as it is known."""
         self.num_calls = 0
         """Complete calls so far."""
         self.broken = False
@@ -43,11 +43,8 @@ class AnswerParser:
 
     def push(self, text: str) -> list[Part]:
         """Read on; the parts that became certain."""
-        for stop in self._stops:
-            if text.endswith(stop):
-                self.stopped_by = stop
-                text = text[: len(text) - len(stop)]
-                break
+        if self._stops:
+            text = self._before_stop(text)
         if self._thoughts is None:
             return self._prose(text)
         thoughts, prose = self._thoughts.push(text)
@@ -71,6 +68,17 @@ class AnswerParser:
         """The API's word: a natural end with calls is "tool_calls"."""
         called = self.num_calls > 0 and not self.broken
         return "tool_calls" if called and reason == "stop" else reason
+
+    def _before_stop(self, text: str) -> str:
+        """The text without the stop string that it ends with; one that was cut off before is put
+        back when the answer goes on."""
+        if text and self.stopped_by is not None:
+            text, self.stopped_by = self.stopped_by + text, None
+        for stop in self._stops:
+            if text.endswith(stop):
+                self.stopped_by = stop
+                return text[: len(text) - len(stop)]
+        return text
 
     def _prose(self, text: str) -> list[Part]:
         if not text:

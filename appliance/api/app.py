@@ -126,9 +126,14 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 def _worded(request: web.Request, error: ApiError) -> web.Response:
     """The error in the words of the API that was asked."""
-    if request.path == ANTHROPIC or request.path.startswith(ANTHROPIC + "/"):
+    if is_anthropic(request):
         return anthropic_error(error, request[REQUEST_ID])
     return error.response()
+
+
+def is_anthropic(request: web.Request) -> bool:
+    """Whether the route speaks as Anthropic's API."""
+    return request.path == ANTHROPIC or request.path.startswith(ANTHROPIC + "/")
 
 
 def _routing_error(request: web.Request, error: web.HTTPException) -> ApiError:
@@ -161,6 +166,8 @@ async def _finish_headers(request: web.Request, response: web.StreamResponse) ->
     if REQUEST_ID not in request:
         stamp(request)  # refused before any middleware
     response.headers["x-request-id"] = request[REQUEST_ID]
+    if is_anthropic(request):
+        response.headers["request-id"] = request[REQUEST_ID]  # where their clients look for it
     response.headers["Server"] = "appliance"
     request.app[CORS].sign(request, response)
 

@@ -1,9 +1,10 @@
 """Tools and reasoning through the official client, on a real model whose words are known."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from openai import AsyncOpenAI
 
@@ -341,3 +342,32 @@ async def test_the_operator_can_switch_both_off(special_server, scripted_dir):
             assert "tool_format" in caught.value.message
     finally:
         live.close()
+
+
+class City(pydantic.BaseModel):
+    """Where to look."""
+
+    city: Literal["Bonn", "Paris"]
+
+
+async def test_the_clients_own_helpers_understand_calls_and_forms(client):
+    tool = openai.pydantic_function_tool(City, name="weather")
+    messages: Any = [{"role": "user", "content": "weather"}]
+    answer = await client.chat.completions.parse(
+        model="tiny", messages=messages, tools=[tool], temperature=0
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, City)
+    async with client.chat.completions.stream(
+        model="tiny", messages=messages, tools=[tool], temperature=0
+    ) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_completion()
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert "tool_calls.function.arguments.done" in kinds
+    (call,) = final.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, City)
+    formed = await client.chat.completions.parse(
+        model="tiny", messages=messages, response_format=City, temperature=0
+    )
+    assert isinstance(formed.choices[0].message.parsed, City)

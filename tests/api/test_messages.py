@@ -124,6 +124,10 @@ async def test_thoughts_can_be_given_back_and_switched_off(client):
         {"role": "user", "content": "plain"},
     ]
     assert blocks_of(await ask(client, "", messages=history)) == [text(SCRIPTS["plain"])]
+    wish = asked("think", thinking={"type": "enabled", "budget_tokens": 1024})
+    raw = await client.messages.with_raw_response.create(**wish)
+    assert raw.headers["x-appliance-ignored"] == "thinking.budget_tokens"
+    assert blocks_of(await raw.parse())[0] == thought("Two and two.")
     quiet = await ask(client, "think", thinking={"type": "disabled"})
     assert blocks_of(quiet) == [text(SCRIPTS["plain"])]
 
@@ -198,6 +202,7 @@ async def test_harmless_fields_are_accepted(client):
         extra_query={"beta": "true"},
     )
     assert message.id.startswith("msg_")
+    assert message._request_id.startswith("req-")
 
 
 def said(role: str, *blocks: Any) -> dict[str, Any]:
@@ -229,8 +234,7 @@ def said(role: str, *blocks: Any) -> dict[str, Any]:
         ({"extra_body": {"stop": "x"}}, "stop", "invalid_value"),
         ({"extra_body": {"n": 2}}, "n", "invalid_value"),
         ({"stop_sequences": [""]}, "stop_sequences", "invalid_value"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type",
-         "unsupported_value"),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type", "unsupported_value"),
         ({"output_config": {"effort": "low"}}, "output_config.effort", "unsupported_parameter"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type",
          "unsupported_value"),

@@ -103,6 +103,8 @@ def test_without_parsers_a_text_is_itself():
 
 def test_the_stop_string_that_was_hit_is_cut_off_and_named():
     parser = AnswerParser(stops=("END", "THE END"))
+    assert joined([*parser.push("an END"), *parser.push(""), *parser.push(" of")])[0] == "an END of"
+    parser = AnswerParser(stops=("END", "THE END"))
     parts = [*parser.push("say "), *parser.push("it THE END"), *parser.flush()]
     assert joined(parts)[0] == "say it "
     assert parser.stopped_by == "THE END"

@@ -18,11 +18,12 @@ from appliance.api.messages.schemas import MessagesBody, OutputFormat, ToolChoic
 from appliance.api.models import json_answer
 from appliance.api.plans import plan_for
 from appliance.api.schemas import ChatBody, GenerationBody, JsonSchemaFormat, ResponseFormat
-from appliance.api.speech import SPEECH, Speech
+from appliance.api.speech import SPEECH, SWITCH, Speech
 from appliance.api.tools import Choice, Tool, check_names, tool_use
 from appliance.api.validate import check_model, invalid
 
 DECODER = web.AppKey("messages_decoder", BodyDecoder[MessagesBody])
+THINKING = ("adaptive", "disabled", "enabled")
 NAMES = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
@@ -48,7 +49,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
             param="max_tokens",
         )
     speech = request.app[SPEECH]
-    conversation = conversation_of(body, speech)
+    conversation, wishes = conversation_of(body, speech), wishes_of(body, speech)
     with fields_named(NAMES):
         chat = chat_body(body)
         plan = plan_for(request, chat)
@@ -67,7 +68,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
             name=name,
             plan=form.plan,
             headers=ignored_header(
-                (*decoded.ignored, *form.ignored, *unused_fields(context, plan))
+                (*decoded.ignored, *form.ignored, *unused_fields(context, plan), *wishes)
             ),
         )
     heading = Heading(name=name, model=context.node.info.model, request_id=request[REQUEST_ID])
@@ -91,10 +92,9 @@ def check_fields(body: MessagesBody) -> None:
         raise invalid("n", "must be 1: there is one message.")
     if body.stop is not None:
         raise invalid("stop", "is called 'stop_sequences' here.")
-    if body.thinking is not None and body.thinking.type not in ("disabled", "adaptive"):
+    if body.thinking is not None and body.thinking.type not in THINKING:
         raise ApiError(
-            f"'thinking.type' is {shown(body.thinking.type)}; served are 'adaptive' (the model "
-            "decides) and 'disabled'.",
+            f"'thinking.type' is {shown(body.thinking.type)}; served are {', '.join(THINKING)}.",
             code="unsupported_value",
             param="thinking.type",
         )
@@ -113,6 +113,8 @@ def conversation_of(body: MessagesBody, speech: Speech) -> Conversation:
     variables = dict(body.chat_template_kwargs or {})
     if body.thinking is not None and body.thinking.type == "disabled":
         variables |= speech.quiet("thinking")
+    elif body.thinking is not None and body.thinking.type == "enabled" and speech.switch:
+        variables[SWITCH] = True
     use = tool_use(
         tools_of(body),
         choice_of(body.tool_choice),
@@ -125,6 +127,14 @@ def conversation_of(body: MessagesBody, speech: Speech) -> Conversation:
         variables=variables,
         stops=tuple(body.stop_sequences or ()),
     )
+
+
+def wishes_of(body: MessagesBody, speech: Speech) -> tuple[str, ...]:
+    """Names of fields that are taken and do nothing: how long to think, or to think at all where
+    the model cannot."""
+    if body.thinking is None or body.thinking.type != "enabled":
+        return ()
+    return ("thinking.budget_tokens",) if speech.reasons else ("thinking",)
 
 
 def tools_of(body: MessagesBody) -> tuple[Tool, ...]:

@@ -64,9 +64,10 @@ class ToolChoiceBody(msgspec.Struct):
 
 
 class ThinkingBody(msgspec.Struct):
-    """`type` "disabled" or "adaptive"."""
+    """`type` "disabled", "adaptive" or "enabled" (then `budget_tokens` is a wish)."""
 
     type: str
+    budget_tokens: int | None = None
 
 
 class OutputFormat(msgspec.Struct):
