@@ -33,7 +33,9 @@ from appliance.worker.grammar import GrammarFailed, Grammars, in_words
 
 MAX_BUILD_SECONDS = 0.5
 MAX_STEP_SECONDS = 0.1
-"""Processor time of compiling with the first mask, and of any further mask."""
+MAX_WALK_SECONDS = 0.3
+"""Processor time of compiling with the first mask, of any further mask, and of all of these
+together."""
 WALKS = 2
 WALK_TOKENS = 64
 MAX_TOOL_WALKS = 6
@@ -99,17 +101,18 @@ class Checker:
         for seed in range(walks):
             random, began = Random(seed), time.thread_time()
             grammar = self._grammars.open(text, ends=self._ends, emitted=())
-            limit = MAX_BUILD_SECONDS
+            limit, left = MAX_BUILD_SECONDS, MAX_BUILD_SECONDS + MAX_WALK_SECONDS
             for _ in range(WALK_TOKENS):
                 bits = np.unpackbits(grammar.look().view(np.uint8), bitorder="little")
                 now = time.thread_time()
-                if now - began > limit:
+                left -= now - began
+                if now - began > limit or left < 0:
                     raise Unfit("it takes too long to follow")
                 allowed = bits.nonzero()[0]
                 token = int(allowed[random.randrange(len(allowed))])
                 if token in self._ends:
                     break
-                began, limit = now, MAX_STEP_SECONDS
+                began, limit, left = now, MAX_STEP_SECONDS, min(left, MAX_WALK_SECONDS)
                 grammar.push(token)
 
 

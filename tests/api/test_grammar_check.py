@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from appliance.api import grammar_check
 from appliance.api.grammar_check import (
     Check,
     Checker,
@@ -97,6 +98,14 @@ def test_regular_expressions_that_are_refused_say_why(
     checker: Checker, pattern: str, words: str
 ) -> None:
     assert words in regex_error(checker, pattern)
+
+
+@pytest.mark.parametrize("bound", ["MAX_BUILD_SECONDS", "MAX_STEP_SECONDS", "MAX_WALK_SECONDS"])
+def test_what_costs_more_than_a_bound_is_refused(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(grammar_check, bound, -1.0)
+    assert regex_error(checker, "[a-z]+b") == "it takes too long to follow"
 
 
 @pytest.mark.parametrize(
