@@ -6,6 +6,8 @@ frequency penalty makes it come to an end. An answer that is cut for its length 
 
 import asyncio
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -85,3 +87,47 @@ async def test_R21_answers_to_200_random_schemas_are_valid(serve: Any) -> None:
     answers = await answers_of(serve("--devices", "cpu:1"), range(200))
     assert len(answers) == 200
     print(f"200 answers, all valid; schemas with {dict(kinds)}")
+
+
+LONG = {
+    "type": "array",
+    "items": {"type": "string", "pattern": "^[a-z]{3,5}$"},
+    "minItems": 40,
+    "maxItems": 50,
+}
+
+
+@pytest.mark.parametrize("devices", ["cpu:2", "paced:2"])
+async def test_R4_R5_a_lost_worker_costs_no_answer_of_a_fixed_form_a_token(
+    serve: Any, streaming: Any, new_answer: Any, devices: str
+) -> None:
+    server = serve("--devices", devices, workers=2)
+    work = [
+        {
+            "model": "tiny-tasks",
+            "prompt": f"words {index}",
+            "max_tokens": 600,
+            "temperature": 0.9 * (index % 2),
+            "seed": index,
+            "frequency_penalty": 0.6,
+            "repetition_penalty": 1.05,
+            "logit_bias": {"200": 0.5},
+            "response_format": strictly(LONG),
+        }
+        for index in range(8)
+    ]
+    expected = await asyncio.gather(*(streaming(server.url, body) for body in work))
+    victim = server.pid(1)
+    answers = [new_answer() for _ in work]
+    tasks = [
+        asyncio.create_task(streaming(server.url, body, answer))
+        for body, answer in zip(work, answers, strict=True)
+    ]
+    await asyncio.gather(*(answer.first_token.wait() for answer in answers[:6]))
+    os.kill(victim, signal.SIGKILL)
+    await asyncio.gather(*tasks)
+    assert server.state()["workers"][1]["deaths"] == 1
+    for answer, reference in zip(answers, expected, strict=True):
+        assert (answer.error, answer.finish) == (None, ["stop"])
+        assert answer.text == reference.text
+        check_valid(LONG, answer.text)
