@@ -20,6 +20,8 @@ from appliance.live.tokenise import TextService
 
 SWITCH = "enable_thinking"
 """Variable by which templates let thoughts be switched off."""
+SINGLE = "only supports single tool-calls"
+"""What a template says that refuses an earlier answer with several calls."""
 TAIL = 16
 """Last tokens of a prompt in which an opening tag is looked for."""
 
@@ -31,6 +33,8 @@ class Speech(Record, frozen=True, kw_only=True):
     """How it writes tool calls; None: tools cannot be served."""
     no_tools: str
     """Why not, in words."""
+    single_call: bool = False
+    """The template takes no answer with more than one call."""
     reasons: bool
     """Answers may begin with thoughts."""
     switch: bool
@@ -105,6 +109,7 @@ def speech_of(text: TextService, settings: ApiSettings) -> Speech:
     return Speech(
         tool_format=found,
         no_tools=no_tools,
+        single_call=SINGLE in template,
         reasons=reasons,
         switch=SWITCH in variables,
         special=frozenset(marker for marker in markers if text.is_special(marker)),

@@ -137,7 +137,8 @@ def tool_use(
         raise invalid("tool_choice", "needs 'tools'.")
     if choice.name is not None and choice.name not in {tool.name for tool in tools}:
         raise invalid("tool_choice", f"names {shown(choice.name)}, which is not among 'tools'.")
-    use = ToolUse(tools=tools, choice=choice, parallel=parallel is not False)
+    several = parallel is not False and not speech.single_call
+    use = ToolUse(tools=tools, choice=choice, parallel=several)
     if not use.active:
         return use
     if speech.tool_format is None:
