@@ -1,6 +1,8 @@
-"""The address: taken before anything is loaded, so that a port in use is found at once."""
+"""The address: taken before anything is loaded, so that a port in use is found at once. And how
+many connections the process may have."""
 
 import errno
+import resource
 import socket
 
 _ADDRESS_FIX = (
@@ -8,6 +10,9 @@ _ADDRESS_FIX = (
 )
 BACKLOG = 1024
 """Connections that the kernel keeps while the server still starts."""
+
+RESERVED_FILES = 256
+"""Descriptors for everything that is not a client: workers, slabs, logs, the journal."""
 
 
 class CannotServe(Exception):
@@ -36,6 +41,20 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
+
+
+def room_for(connections: int) -> int:
+    """Raise this process's own limit on open files so that so many clients fit; how many do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + RESERVED_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    if soft == resource.RLIM_INFINITY:
+        return connections
+    return max(1, min(connections, soft - RESERVED_FILES))
 
 
 def url_of(listener: socket.socket) -> str:

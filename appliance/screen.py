@@ -30,19 +30,20 @@ class Screen:
         for name, seconds in stages:
             self._console.print(f"  {'':9} [bold]{seconds:5.2f}[/bold]  {escape(name)}")
 
-    def address(self, *, url: str, model: str) -> None:
+    def address(self, *, url: str, model: str, needs_key: bool) -> None:
         """Where the server is, and a request to paste."""
         self._console.print(f"\n[bold green]serving {escape(model)} at {url}[/bold green]\n")
-        self._console.print(escape(curl(url, model)) + "\n")
+        self._console.print(escape(curl(url, model, needs_key=needs_key)) + "\n")
 
 
-def curl(url: str, model: str) -> str:
-    """A ready-to-paste request."""
+def curl(url: str, model: str, *, needs_key: bool = False) -> str:
+    """A ready-to-paste request; with `needs_key` the key is left to be filled in."""
     question = {"role": "user", "content": "Spell ocean letter by letter."}
     body = json.dumps({"model": model, "messages": [question], "temperature": 0})
-    return (
-        f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
-    )
+    headers = "-H 'content-type: application/json'"
+    if needs_key:
+        headers += ' -H "authorization: Bearer $KEY"'
+    return f"curl {url}/v1/chat/completions {headers} -d {shlex.quote(body)}"
 
 
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -16,12 +16,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import uvloop
 from aiohttp import web
 
 from appliance.api.app import build_app, make_runner
+from appliance.api.settings import ApiSettings
 from appliance.core.faults import FaultRule
-from appliance.listening import BACKLOG, CannotServe, url_of
+from appliance.listening import BACKLOG, CannotServe, room_for, url_of
 from appliance.live.chat_template import TemplateFailed
 from appliance.live.journal_file import JournalFileError
 from appliance.live.node import Node, StartFailed
@@ -95,7 +97,7 @@ async def _serve(
         spawner.close()
         raise CannotServe(str(error)) from error
     timeline.reached("tokenizer")
-    runner = make_runner(build_app(node, api_settings(plan.config)))
+    runner = make_runner(build_app(node, _settings(plan)))
     try:
         node.start()
         await runner.setup()
@@ -109,6 +111,22 @@ async def _serve(
         raise CannotServe(str(error)) from error
     finally:
         await _close(node, runner)
+
+
+def _settings(plan: Plan) -> ApiSettings:
+    """What the configuration says, with no more connections than the process may have."""
+    settings = api_settings(plan.config)
+    wanted = settings.connections.max_connections
+    fit = room_for(wanted)
+    if fit == wanted:
+        return settings
+    log.warning(
+        "fewer connections fit than limits.max_connections: raise the limit on open files "
+        "(ulimit -n)",
+        extra={"wanted": wanted, "fit": fit},
+    )
+    connections = msgspec.structs.replace(settings.connections, max_connections=fit)
+    return msgspec.structs.replace(settings, connections=connections)
 
 
 async def _ready(node: Node, signals: Signals) -> bool:
@@ -140,7 +158,7 @@ def _announce(plan: Plan, node: Node, *, url: str, timeline: Timeline, screen: S
     for at, words in node.timeline:
         timeline.reached(words, at=at)
     screen.timeline(timeline.stages)
-    screen.address(url=url, model=plan.served_name)
+    screen.address(url=url, model=plan.served_name, needs_key=bool(plan.config.key))
     gc.collect()
     gc.freeze()  # what lives now lives to the end: no collection looks at it again
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.procs
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "tiny", "prompt": "red", "max_tokens": 2, "ignore_eos": True}
 PLAIN = {"model": "tiny", "prompt": "red", "max_tokens": 2, "extra_body": {"ignore_eos": True}}
+TALK = [{"role": "user", "content": "red"}]
 CLASSES = {
     "default": Slo(),
     "chat": Slo(class_name="chat", ttft=1.0),
@@ -222,6 +224,39 @@ async def test_the_class_is_the_requests_then_the_keys(
     assert submitted[0].tenant == name
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "red", "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": TALK, "max_tokens": 2}),
+        ("/v1/responses", {"input": "red", "max_output_tokens": 2}),
+        ("/v1/messages", {"model": "tiny", "messages": TALK, "max_tokens": 2}),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_every_route_that_generates_works_for_its_key(
+    keyed, http, submitted, path, body, stream
+):
+    used = account_of(keyed, "bob").generated_tokens
+    headers = {**bearer("bob"), "anthropic-version": "2023-06-01"}
+    async with http.post(
+        keyed.url + path, json={**body, "ignore_eos": True, "stream": stream}, headers=headers
+    ) as reply:
+        await reply.read()
+        assert reply.status == 200
+    (spec,) = submitted
+    assert (spec.tenant, spec.salt, spec.slo.class_name) == ("bob", "bob\n", "chat")
+    assert spec.prompt.salt == spec.salt
+    await until(lambda: account_of(keyed, "bob").generated_tokens == used + 2)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something to become true."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 (it becomes true in another thread)
+            await asyncio.sleep(0.01)
+
+
 async def cached(http: Any, server: Any, name: str, prompt: str, **more: Any) -> int:
     """How many tokens of `prompt` were found in the cache."""
     body = {**BODY, "prompt": prompt, **more}
@@ -308,9 +343,7 @@ async def test_max_concurrent_requests_holds_until_the_answer_ends(keyed, http):
         assert (await error_of(reply, 429))["param"] == "max_concurrent_requests"
         assert reply.headers["Retry-After"] == "1"
     running.close()
-    async with asyncio.timeout(20):
-        while account_of(keyed, "narrow").concurrent:  # noqa: ASYNC110 (another thread's)
-            await asyncio.sleep(0.01)
+    await until(lambda: not account_of(keyed, "narrow").concurrent)
     async with http.post(keyed.url + COMPLETIONS, json=BODY, headers=headers) as reply:
         assert reply.status == 200
 
