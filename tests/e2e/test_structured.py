@@ -127,6 +127,7 @@ async def test_R4_R5_a_lost_worker_costs_no_answer_of_a_fixed_form_a_token(
     os.kill(victim, signal.SIGKILL)
     await asyncio.gather(*tasks)
     assert server.state()["workers"][1]["deaths"] == 1
+    assert server.state()["totals"]["replaced"] > 0
     for answer, reference in zip(answers, expected, strict=True):
         assert (answer.error, answer.finish) == (None, ["stop"])
         assert answer.text == reference.text
