@@ -35,6 +35,8 @@ UNSENT_BYTES = 64 * 1024
 LINGER_SECONDS = 2.0
 """For which the rest of a body is read and dropped after an answer that did not wait for it, so
 that a client which is still sending can read the answer."""
+MAX_PARTING = 100
+"""Connections that may linger at one time after they were turned away."""
 _OPTIONS = ("TCP_USER_TIMEOUT", "TCP_NOTSENT_LOWAT")
 
 
@@ -45,24 +47,38 @@ class Connection(RequestHandler):
         super().__init__(server, **options)
         self._server = server
         self._turned_away = False
+        self._parting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection, or turn it away when there are enough."""
-        self._server.num_open += 1
-        self._turned_away = self._server.num_open > self._server.limits.max_connections
+        self._turned_away = self._server.num_open >= self._server.limits.max_connections
         if not self._turned_away:
+            self._server.num_open += 1
             _bound(transport, stuck_seconds=self._server.limits.stuck_seconds)
             super().connection_made(transport)
         else:
             stream = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
             stream.write(raw_answer(_full(self._server.limits.max_connections)))
+            self._part_from(stream)
+
+    def _part_from(self, stream: asyncio.Transport) -> None:
+        """Close, but not before the client could read why: closing with something of it unread
+        would reset the connection."""
+        if self._server.num_parting >= MAX_PARTING:
             stream.close()
+            return
+        self._server.num_parting += 1
+        stream.write_eof()
+        self._parting = self._loop.call_later(LINGER_SECONDS, stream.close)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone."""
-        self._server.num_open -= 1
         if not self._turned_away:
+            self._server.num_open -= 1
             super().connection_lost(exc)
+        elif self._parting is not None:
+            self._server.num_parting -= 1
+            self._parting.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
@@ -113,6 +129,8 @@ class ConnectionServer(web.Server):
         )
         self.limits = limits
         self.num_open = 0
+        self.num_parting = 0
+        """Turned away, and not yet closed."""
 
     def __call__(self) -> Connection:
         """The protocol of a new connection."""
