@@ -106,7 +106,7 @@ def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
         checkpoint=checkpoint,
         served_name=_served_name(config, checkpoint),
         dtype=dtype,
-        threads=_threads(config, cores=machine.cores, num_workers=num_workers),
+        threads=_threads(config, dtype, cores=machine.cores, num_workers=num_workers),
         batcher=BatcherConfig(
             max_model_len=max_model_len,
             max_num_seqs=config.batch.max_num_seqs,
@@ -160,9 +160,12 @@ def _served_name(config: Config, checkpoint: Checkpoint) -> str:
     return checkpoint.name if name == "auto" else name
 
 
-def _threads(config: Config, *, cores: int, num_workers: int) -> int:
+def _threads(config: Config, dtype: DType, *, cores: int, num_workers: int) -> int:
+    """One thread keeps float32 row-invariant (R12, ADR 0003); bfloat16 has nothing to lose."""
     threads = config.devices.threads
-    return max(1, cores // num_workers) if threads == "auto" else threads
+    if threads != "auto":
+        return threads
+    return 1 if dtype == parse_dtype("float32") else max(1, cores // num_workers)
 
 
 def _fixed_memory(

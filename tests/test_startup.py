@@ -90,9 +90,10 @@ def test_a_paced_worker_has_the_capacity_of_its_profile_and_no_weights() -> None
     assert found.memory.total(4) < 64 * 1024**2
 
 
-def test_threads_are_the_cores_shared_out() -> None:
-    assert plan("cpu:2", cores=8).threads == 4
-    assert plan("cpu:4", cores=2).threads == 1
+def test_R12_threads_are_one_with_float32_and_else_the_cores_shared_out() -> None:
+    assert plan("cpu:2", cores=8).threads == 1
+    assert plan("cpu:2", cores=8, model={"dtype": "bfloat16"}).threads == 4
+    assert plan("cpu:4", cores=2, model={"dtype": "bfloat16"}).threads == 1
     assert plan("cpu:4", cores=2, devices={"threads": 3}).threads == 3
 
 
