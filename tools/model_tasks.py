@@ -9,6 +9,10 @@ list). About one key in ten is held out, decided by a checksum of the key alone;
 from the others, evaluation from the held-out ones. Spelling cannot generalise to an unseen word
 (a word is one token), so there one *wording* per word is held out instead.
 
+`TASKS` are asked with their prompt alone. `CHAT_TASKS` need `Task.messages` and `Task.tools`:
+calling a listed function, answering from its result, answering without one, and finding a secret
+in a long text. A model solves those that its `eval.json` names in `chat_demo_tasks`.
+
 No torch here: tests of the serving path import this module.
 """
 
@@ -17,52 +21,42 @@ import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal
 
-import msgspec
+from tools.needle_task import draw_needle
+from tools.task_record import (
+    COLORS,
+    MAX_NUMBER,
+    WORDS,
+    Message,
+    Split,
+    Task,
+    checksum_holds_out,
+    draw_number,
+    fits,
+)
+from tools.tool_tasks import CALL_START, parse_call, system_messages, tool_task
+from tools.tool_tasks import draw_offers as _draw_offers
 
-_WORD_LIST = """
-acorn anchor apple badge banjo barrel basket beach beaver berry blanket bottle branch bridge
-brush bucket button cabin cactus canoe carpet castle cellar cherry circle clover comet copper
-corner cotton cradle crayon daisy desert donkey dragon eagle engine falcon feather fiddle
-finger flute forest fossil garden garlic ginger glove guitar hammer harbor hazel helmet honey
-island ivory jacket jungle kettle kitten ladder lantern lemon lentil lizard magnet maple
-marble meadow melon mirror monkey morning mountain napkin needle ocean olive orange orchid
-oyster paddle palace parrot peach pebble pepper pillow planet pocket potato puzzle quartz
-quilt rabbit raven ribbon river rocket saddle salmon shadow silver spider spring squirrel
-summer teapot temple thunder ticket tiger tulip tunnel turtle valley velvet violin walnut
-whistle willow window winter yogurt zipper
-"""
-WORDS: tuple[str, ...] = tuple(_WORD_LIST.split())
-COLORS: tuple[str, ...] = ("black", "blue", "brown", "green", "pink", "red", "white", "yellow")
+__all__ = [
+    "CHAT_TASKS",
+    "COLORS",
+    "MAX_NUMBER",
+    "TASKS",
+    "WORDS",
+    "Message",
+    "Split",
+    "Task",
+    "check",
+    "generate",
+    "generate_mixed",
+    "parse_call",
+    "system_message",
+]
 
 MAX_REPEATS = 12
 MAX_REVERSED_WORDS = 6
 MAX_SORTED_WORDS = 5
-MAX_NUMBER = 99
 MAX_ECHOED_ITEMS = 6
-_ONE_DIGIT_FRACTION = 0.35
-_HELD_OUT_ONE_IN = 10
-
-Split = Literal["any", "train", "held_out"]
-
-
-class Task(msgspec.Struct, frozen=True):
-    """One question with its only right answer.
-
-    `name` is a key of `TASKS`; `key` identifies the content without its wording; `is_held_out`
-    says that training never sees this content (for `spell`: this word in this wording).
-    """
-
-    name: str
-    prompt: str
-    answer: str
-    key: str
-    is_held_out: bool
-
-
-def _checksum_holds_out(name: str, key: str) -> bool:
-    return zlib.crc32(f"{name}:{key}".encode()) % _HELD_OUT_ONE_IN == 0
 
 
 def _task(name: str, key: str, *, prompt: str, answer: str) -> Task:
@@ -71,18 +65,13 @@ def _task(name: str, key: str, *, prompt: str, answer: str) -> Task:
         prompt=prompt,
         answer=answer,
         key=key,
-        is_held_out=_checksum_holds_out(name, key),
+        is_held_out=checksum_holds_out(name, key),
     )
-
-
-def _number(rng: random.Random) -> int:
-    """A number of one or two digits, both lengths often: short sums teach the long ones."""
-    return rng.randint(0, 9) if rng.random() < _ONE_DIGIT_FRACTION else rng.randint(10, MAX_NUMBER)
 
 
 def _echo(rng: random.Random) -> Task:
     items = [
-        str(_number(rng)) if rng.random() < 0.5 else rng.choice(WORDS + COLORS)
+        str(draw_number(rng)) if rng.random() < 0.5 else rng.choice(WORDS + COLORS)
         for _ in range(rng.randint(1, MAX_ECHOED_ITEMS))
     ]
     wording = rng.choice(("echo: {items}", "Say: {items}", "Copy this: {items}", "say {items}"))
@@ -138,7 +127,7 @@ def _spell(rng: random.Random) -> Task:
 
 
 def _add(rng: random.Random) -> Task:
-    left, right = _number(rng), _number(rng)
+    left, right = draw_number(rng), draw_number(rng)
     wording = rng.choice(
         (
             "{left}+{right}=?",
@@ -153,7 +142,7 @@ def _add(rng: random.Random) -> Task:
 
 
 def _subtract(rng: random.Random) -> Task:
-    first, second = _number(rng), _number(rng)
+    first, second = draw_number(rng), draw_number(rng)
     large, small = max(first, second), min(first, second)
     wording = rng.choice(
         (
@@ -168,7 +157,7 @@ def _subtract(rng: random.Random) -> Task:
 
 
 def _json(rng: random.Random) -> Task:
-    name, color, count = rng.choice(WORDS), rng.choice(COLORS), _number(rng)
+    name, color, count = rng.choice(WORDS), rng.choice(COLORS), draw_number(rng)
     wording = rng.choice(
         (
             "json: name {name}, color {color}, count {count}",
@@ -214,20 +203,54 @@ TASKS: Mapping[str, Callable[[random.Random], Task]] = MappingProxyType(
 )
 
 
+def _tool_call(rng: random.Random) -> Task:
+    return tool_task("tool_call", rng, system_message)
+
+
+def _tool_result(rng: random.Random) -> Task:
+    return tool_task("tool_result", rng, system_message)
+
+
+def _tool_none(rng: random.Random) -> Task:
+    """A task of `TASKS` asked while functions are listed."""
+    plain = TASKS[rng.choice(list(TASKS))](rng)
+    return Task(
+        name="tool_none",
+        prompt=plain.prompt,
+        answer=plain.answer,
+        key=f"{plain.name} {plain.key}",
+        is_held_out=plain.is_held_out,
+        messages=(*system_messages(rng, system_message), *plain.messages),
+        tools=tuple(offer.schema for offer in _draw_offers(rng)),
+    )
+
+
+CHAT_TASKS: Mapping[str, Callable[[random.Random], Task]] = MappingProxyType(
+    {
+        "tool_call": _tool_call,
+        "tool_result": _tool_result,
+        "tool_none": _tool_none,
+        "needle": draw_needle,
+    }
+)
+
+
 def generate(task: str, rng: random.Random, *, split: Split = "any") -> Task:
-    """Draw one task of the kind named `task` (a key of `TASKS`).
+    """Draw one task of the kind named `task` (a key of `TASKS` or `CHAT_TASKS`).
 
     Deterministic in the state of `rng`. `split` chooses among all contents, those that training
     may see, or those it never sees.
 
     Raises:
-        ValueError: `task` is not a key of `TASKS`.
+        ValueError: `task` is a key of neither.
     """
-    if task not in TASKS:
-        raise ValueError(f"task: {task!r} is not known; use one of {', '.join(TASKS)}")
+    draw = TASKS.get(task) or CHAT_TASKS.get(task)
+    if draw is None:
+        names = ", ".join((*TASKS, *CHAT_TASKS))
+        raise ValueError(f"task: {task!r} is not known; use one of {names}")
     while True:
-        drawn = TASKS[task](rng)
-        if split == "any" or drawn.is_held_out == (split == "held_out"):
+        drawn = draw(rng)
+        if fits(drawn, split):
             return drawn
 
 
@@ -242,20 +265,23 @@ def generate_mixed(
 def check(task_item: Task, answer_text: str) -> bool:
     """Say whether `answer_text` is the right answer to `task_item`.
 
-    Surrounding white space is ignored. A JSON answer is compared by value; every other answer
-    must match exactly.
+    Surrounding white space is ignored. JSON and calls of functions are compared by value; every
+    other answer must match exactly.
     """
     text = answer_text.strip()
-    if task_item.name != "json":
+    if task_item.answer.startswith(CALL_START):
+        return _same_json(parse_call(text), parse_call(task_item.answer))
+    if not task_item.answer.startswith("{"):
         return text == task_item.answer
     try:
-        given = json.loads(text)
+        return _same_json(json.loads(text), json.loads(task_item.answer))
     except ValueError:
         return False
-    # Compared as text again, because in Python 1 == True and 1 == 1.0.
-    return json.dumps(given, sort_keys=True) == json.dumps(
-        json.loads(task_item.answer), sort_keys=True
-    )
+
+
+def _same_json(given: object, expected: object) -> bool:
+    # Compared as text, because in Python 1 == True and 1 == 1.0.
+    return json.dumps(given, sort_keys=True) == json.dumps(expected, sort_keys=True)
 
 
 def system_message(rng: random.Random) -> str:

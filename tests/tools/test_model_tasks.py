@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tools.model_tasks import (
+    CHAT_TASKS,
     COLORS,
     TASKS,
     WORDS,
@@ -18,10 +19,13 @@ from tools.model_tasks import (
     check,
     generate,
     generate_mixed,
+    parse_call,
     system_message,
 )
+from tools.needle_task import MAX_NEEDLE_TOKENS, MIN_NEEDLE_TOKENS, needle
 
 NAMES = st.sampled_from(sorted(TASKS))
+ALL_NAMES = st.sampled_from(sorted((*TASKS, *CHAT_TASKS)))
 SEEDS = st.integers(0, 2**32)
 
 
@@ -48,7 +52,7 @@ def _solve(task: Task) -> str:
     pytest.fail(f"no independent solution for {task.name}")
 
 
-@given(name=NAMES, seed=SEEDS)
+@given(name=ALL_NAMES, seed=SEEDS)
 def test_same_seed_draws_the_same_task(name: str, seed: int) -> None:
     assert generate(name, random.Random(seed)) == generate(name, random.Random(seed))
 
@@ -81,12 +85,80 @@ def test_json_is_compared_by_value_not_by_layout() -> None:
     assert not check(task, "[1")
 
 
-@given(name=NAMES, seed=SEEDS)
-def test_splits_share_no_content(name: str, seed: int) -> None:
-    rng = random.Random(seed)
-    trained = {generate(name, rng, split="train").key for _ in range(50)}
-    held_out = {generate(name, rng, split="held_out").key for _ in range(20)}
+@pytest.mark.parametrize("name", sorted((*TASKS, *CHAT_TASKS)))
+def test_splits_share_no_content(name: str) -> None:
+    rng = random.Random(name)
+    trained = {generate(name, rng, split="train").key for _ in range(100)}
+    held_out = {generate(name, rng, split="held_out").key for _ in range(40)}
     assert trained.isdisjoint(held_out)
+
+
+@given(name=ALL_NAMES, seed=SEEDS)
+def test_the_prompt_is_the_last_message_of_the_user(name: str, seed: int) -> None:
+    task = generate(name, random.Random(seed))
+    users = [message for message in task.messages if message["role"] == "user"]
+    assert users[-1]["content"] == task.prompt
+    assert bool(task.tools) == name.startswith("tool_")
+    assert name in CHAT_TASKS or task.messages == ({"role": "user", "content": task.prompt},)
+    json.dumps([task.messages, task.tools])
+
+
+@given(seed=SEEDS)
+def test_a_call_names_a_listed_function_with_exactly_its_parameters(seed: int) -> None:
+    task = generate("tool_call", random.Random(seed))
+    call = parse_call(task.answer)
+    assert call is not None
+    listed = {tool["function"]["name"]: tool["function"] for tool in task.tools}
+    properties = listed[call["name"]]["parameters"]["properties"]
+    assert set(call["arguments"]) == set(properties)
+    kinds = {"integer": int, "string": str}
+    for name, value in call["arguments"].items():
+        assert isinstance(value, kinds[properties[name]["type"]])
+        assert str(value) in task.prompt
+    assert 1 <= len(listed) <= 4
+
+
+def test_a_call_is_compared_by_value() -> None:
+    task = generate("tool_call", random.Random(1))
+    call = parse_call(task.answer)
+    assert call is not None
+    swapped = {"arguments": call["arguments"], "name": call["name"]}
+    assert check(task, f"<tool_call>{json.dumps(swapped, indent=1)}</tool_call>")
+    assert not check(task, json.dumps(call))
+    assert not check(task, f"<tool_call>{json.dumps(call | {'name': 'other'})}</tool_call>")
+    assert not check(task, "<tool_call>{</tool_call>")
+    assert not check(task, "")
+
+
+@given(seed=SEEDS)
+def test_the_answer_to_a_result_follows_from_the_messages(seed: int) -> None:
+    task = generate("tool_result", random.Random(seed))
+    *_, request, call, result = task.messages
+    assert [message["role"] for message in (request, call, result)] == ["user", "assistant", "tool"]
+    assert result["tool_call_id"] == call["tool_calls"][0]["id"]
+    called = call["tool_calls"][0]["function"]
+    assert called["name"] in [tool["function"]["name"] for tool in task.tools]
+    for value in json.loads(called["arguments"]).values():
+        assert str(value) in request["content"]
+    returned = json.loads(result["content"])
+    assert returned == {"status": "done"} or str(*returned.values()) in task.answer
+
+
+def test_a_request_that_needs_no_function_is_answered_without() -> None:
+    rng = random.Random(6)
+    for _ in range(100):
+        plain = generate("tool_none", rng)
+        assert parse_call(plain.answer) is None
+        assert plain.key.split(" ")[0] in TASKS
+
+
+@given(seed=SEEDS, num_tokens=st.integers(MIN_NEEDLE_TOKENS, MAX_NEEDLE_TOKENS))
+def test_a_secret_stands_once_in_the_text(seed: int, num_tokens: int) -> None:
+    task = needle(random.Random(seed), num_tokens=num_tokens)
+    kind = task.key.split(" ")[0]
+    assert task.prompt.count(f"The secret {kind} is {task.answer}.") == 1
+    assert task.prompt.count(f"The secret {kind} is ") == 1
+    assert task.prompt.endswith(f"\nWhat is the secret {kind}?")
 
 
 @given(seed=SEEDS)
