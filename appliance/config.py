@@ -113,6 +113,13 @@ class WorkersSection(Section, frozen=True, kw_only=True):
     poison_deaths: Positive = 2
 
 
+class StreamSection(Section, frozen=True, kw_only=True):
+    """When tokens of an answer leave together instead of one by one."""
+
+    join_above: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    join_ms: Budget = 50.0
+
+
 class LimitsSection(Section, frozen=True, kw_only=True):
     """What one request or one connection may take."""
 
@@ -189,6 +196,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     policy: PolicySection = PolicySection()
     queue: QueueSection = QueueSection()
     workers: WorkersSection = WorkersSection()
+    stream: StreamSection = StreamSection()
     limits: LimitsSection = LimitsSection()
     cors: CorsSection = CorsSection()
     key: tuple[KeySection, ...] = ()

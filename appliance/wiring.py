@@ -15,6 +15,7 @@ from appliance.config import Config, KeySection, LimitsSection, SloSection
 from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
 from appliance.core.types import Slo
+from appliance.live.holding import HoldSettings
 from appliance.live.journal_file import JournalFile
 from appliance.live.node import Node
 from appliance.live.settings import NodeSettings
@@ -98,6 +99,11 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
         watch=WatchSettings(
             silence_seconds=config.workers.stop_detect_ms / 1000,
             kill_seconds=config.workers.stall_kill_seconds,
+        ),
+        holding=HoldSettings(
+            busy_above=config.stream.join_above,
+            calm_below=config.stream.join_above / 2,
+            longest=config.stream.join_ms / 1000,
         ),
         heartbeat_seconds=config.workers.heartbeat_ms / 1000,
         stall_seconds=config.workers.stall_seconds,

@@ -26,6 +26,7 @@ CONFIGURED = {
     "kv": {"block_tokens": 32, "memory": "64MiB", "prefix_cache": False},
     "batch": {"max_num_seqs": 7, "max_batch_tokens": 99, "depth": 2},
     "policy": {"settings": {"max_waiting": 5}},
+    "stream": {"join_above": 0.8, "join_ms": 30.0},
     "queue": {"max_requests": 11, "max_tokens": 222},
     "workers": {
         "heartbeat_ms": 250,
@@ -78,6 +79,8 @@ def test_every_setting_arrives_in_seconds_and_bytes() -> None:
     assert settings.heartbeat_seconds == 0.25
     assert (settings.watch.silence_seconds, settings.watch.kill_seconds) == (0.9, 8.0)
     assert settings.stall_seconds == 4.0
+    held = settings.holding
+    assert (held.busy_above, held.calm_below, held.longest) == (0.8, 0.4, 0.03)
     assert settings.journal_records == 77
     assert settings.validate is True
     assert (settings.log_level, settings.log_json) == ("debug", True)

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from appliance.api.limits import Account
 from appliance.api.observe import ApiStats, Histogram
 from appliance.core.lifecycle import WorkerState
+from appliance.live.holding import Holding
 from appliance.live.node import Node
 
 PREFIX = "appliance_"
@@ -151,6 +152,7 @@ class _Engine(Collector):
             [([info.version, info.model, info.policy], 1)],
         )
         yield from self._counters()
+        yield from _holding(self._node.holding)
         yield from self._queues(state)
         yield from _worker_gauges(state["workers"])
         yield from self._worker_counters()
@@ -224,6 +226,32 @@ class _Engine(Collector):
         for metric, (words, values) in single.items():
             series = [([workers[i][0]], float(value)) for i, value in enumerate(values)]
             yield _counter(metric, words, ["worker"], series)
+
+
+def _holding(holding: Holding) -> Iterator[Metric]:
+    yield _gauge(
+        "loop_busy_ratio",
+        "Share of the event loop's time in use, lately.",
+        [],
+        [([], holding.busy)],
+    )
+    yield _gauge(
+        "stream_hold_seconds",
+        "How long a token may wait now to leave with others; 0 while the load is normal.",
+        [],
+        [([], holding.seconds)],
+    )
+    totals = (
+        ("stream_hold_active_seconds", "Time with a hold.", holding.held_seconds),
+        ("stream_pushes", "Deliveries of tokens to answers.", holding.num_pushes),
+        (
+            "stream_joined_tokens",
+            "Tokens delivered together with an earlier one of their answer.",
+            holding.num_joined,
+        ),
+    )
+    for name, words, value in totals:
+        yield _counter(name, words, [], [([], value)])
 
 
 def _worker_gauges(workers: Sequence[dict[str, Any]]) -> Iterator[Metric]:

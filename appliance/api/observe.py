@@ -24,15 +24,17 @@ LAG_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0,
 class Histogram:
     """Counts of values by bucket; a value belongs to the first bound that is not below it."""
 
+    __slots__ = ("bounds", "counts", "sum")
+
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
         self.counts = [0] * (len(self.bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Add one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Add a value, `times` times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     def cumulative(self) -> list[tuple[str, int]]:
         """Pairs (upper bound as text, number of values up to it), "+Inf" last."""
@@ -90,15 +92,17 @@ class Meter:
         self._tokens = 0
 
     def tokens(self, count: int) -> None:
-        """`count` tokens have just come."""
+        """`count` tokens have just come together: they share the time since the one before."""
         if count == 0:
             return
         now = self._clock()
-        if self._tokens == 0:
+        if self._tokens:
+            self._latency.itl.observe((now - self._last) / count, count)
+        else:
             self._first = now
             self._latency.ttft.observe(now - self._started)
-        else:
-            self._latency.itl.observe((now - self._last) / count)
+            if count > 1:
+                self._latency.itl.observe(0.0, count - 1)
         self._last = now
         self._tokens += count
 

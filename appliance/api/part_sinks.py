@@ -26,6 +26,16 @@ class Narrator(Protocol):
         "tool_calls"."""
 
 
+def read(parser: AnswerParser, delta: Delta, exchange: Exchange) -> list[Part]:
+    """The parts that came with this delta. Counts what was thought, step by step."""
+    parts: list[Part] = []
+    for num_tokens, text in delta.steps():
+        if parser.thinking:
+            exchange.usage.reasoning_tokens += num_tokens
+        parts += parser.push(text)
+    return parts
+
+
 class PartSink(BaseSink):
     """Reads an answer and has it told as it comes."""
 
@@ -44,10 +54,8 @@ class PartSink(BaseSink):
         self._narrator = narrator
 
     def _take(self, delta: Delta) -> None:
-        if self._parser.thinking:
-            self._exchange.usage.reasoning_tokens += len(delta.tokens)
         if self._stream.writable:
-            self._narrator.tell(self._parser.push(delta.text), delta)
+            self._narrator.tell(read(self._parser, delta, self._exchange), delta)
 
     def _finish(self, reason: str) -> None:
         if self._stream.writable:
@@ -73,9 +81,7 @@ class PartCollectSink(CollectSink):
 
     def _take(self, delta: Delta) -> None:
         super()._take(delta)
-        if self.parser.thinking:
-            self._exchange.usage.reasoning_tokens += len(delta.tokens)
-        self.parts += self.parser.push(delta.text)
+        self.parts += read(self.parser, delta, self._exchange)
 
     def _finish(self, reason: str) -> None:
         self.parts += self.parser.flush()

@@ -1,12 +1,18 @@
-"""The documents that answers are made of, as JSON bytes."""
+"""The documents that answers are made of, as JSON bytes.
+
+Every chunk is a function of the answer's identity and what is added: nothing here knows a socket, a
+loop or the node, so chunks could be made in another process and would be the same bytes.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from appliance.core.payload import TokenLogprobs
-from appliance.live.tokenise import TextService
+
+if TYPE_CHECKING:
+    from appliance.live.tokenise import TextService
 
 END = b"}\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -43,7 +49,7 @@ def finite(logprob: float) -> float:
 class LogprobRenderer:
     """Log-probabilities of one answer in the shape of its route; remembers the text's length."""
 
-    def __init__(self, text: TextService, *, chat: bool) -> None:
+    def __init__(self, text: "TextService", *, chat: bool) -> None:
         self._text = text
         self._chat = chat
         self._offset = 0
@@ -120,6 +126,10 @@ class ChunkTemplate:
         self.middle = (b"}" if chat else b"") + b',"logprobs":'
         self.unfinished = b',"finish_reason":null}]'
         self.tail = self.middle + b"null" + self.unfinished + self._null_usage + END
+
+    def text(self, text: str) -> bytes:
+        """The plain chunk that adds this text."""
+        return self.head + msgspec.json.encode(text) + self.tail
 
     def usage(self, running: bytes | None) -> bytes:
         """The `usage` member: running usage (JSON), or null or nothing where there is none."""

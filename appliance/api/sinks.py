@@ -241,11 +241,10 @@ class SseSink(BaseSink):
     def _take(self, delta: Delta) -> None:
         if not self._stream.writable:
             return
-        template = self._template
         if self._plain:
             if not delta.text:
                 return  # a character or a possible stop string is incomplete
-            chunk = template.head + self._encode(delta.text) + template.tail
+            chunk = self._template.text(delta.text)
         else:
             chunk = self._rich(delta)
         self._stream.write(chunk if self._begun else self._begin() + chunk)

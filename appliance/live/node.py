@@ -6,8 +6,9 @@ once, and nothing else is ever done. Messages that come up while one is being ha
 gives up in the middle of a frame) wait in the inbox. Nothing on this path is awaited and no task
 is woken per token.
 
-A frame is handled in this order: its text goes to the sinks, then its reports go to the
-Dispatcher, so the last text of an answer always precedes its end.
+A frame is handled in this order: its tokens are booked with their streams, then its reports go to
+the Dispatcher. Streams deliver at the end of the turn (`appliance.live.streams`) and before an
+answer's end, so the last text of an answer always precedes its end.
 """
 
 import asyncio
@@ -61,6 +62,7 @@ from appliance.core.slots import Policy
 from appliance.core.start import WorkerStart
 from appliance.core.types import ErrorKind, Request, RequestId, WorkerId
 from appliance.live import admin
+from appliance.live.holding import Holding
 from appliance.live.journal_file import JournalFile
 from appliance.live.pump import Pump
 from appliance.live.records import Health, NodeInfo, Rejected, Sink, Submission, Ticket
@@ -122,7 +124,9 @@ class Node:
         self._journal_file = journal_file
         self._spawner = spawner
         self._stderr = stderr
-        self._streams = Streams(on_broken=self._sink_broke)
+        self.holding = Holding(settings.holding, clock=clock)
+        """How long tokens wait to leave together, and what that did."""
+        self._streams = Streams(on_broken=self._sink_broke, holding=self.holding, clock=clock)
         self._submitting: RequestId | None = None
         self._reject: Reject | None = None
         """What the Dispatcher said to the request being submitted."""
@@ -205,7 +209,13 @@ class Node:
             sampling = msgspec.structs.replace(spec.sampling, seed=spec.sampling.seed + index)
             self._streams.open(
                 Stream(
-                    request_id, ticket, sink=sink, prompt=packed, sampling=sampling, salt=spec.salt
+                    request_id,
+                    ticket,
+                    sink=sink,
+                    prompt=packed,
+                    sampling=sampling,
+                    salt=spec.salt,
+                    bound=spec.slo.tpot,
                 )
             )
             request = Request(
@@ -277,8 +287,7 @@ class Node:
             return
         if payload:
             try:
-                with self._pump.hold():
-                    self.stats.emitted_tokens += self._streams.fan_out(payload)
+                self.stats.emitted_tokens += self._streams.fan_out(payload)
             except (msgspec.MsgspecError, ValueError) as error:
                 self.workers.kill(worker, f"it broke the protocol: {error}")
                 return

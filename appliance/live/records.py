@@ -50,11 +50,18 @@ class Submission(Record, frozen=True, kw_only=True):
 
 
 class Delta(Record, frozen=True, kw_only=True):
-    """What one step added to one answer; `text` may be empty while a character is incomplete."""
+    """What one step, or several joined together, added to one answer; `text` may be empty while a
+    character is incomplete."""
 
     tokens: list[int]
     text: str
     logprobs: list[TokenLogprobs] | None = None
+    joined: list[tuple[int, str]] | None = None
+    """The steps, if there were several: (number of tokens, text)."""
+
+    def steps(self) -> list[tuple[int, str]]:
+        """What each step added: (number of tokens, text)."""
+        return [(len(self.tokens), self.text)] if self.joined is None else self.joined
 
 
 class End(Record, frozen=True, kw_only=True):

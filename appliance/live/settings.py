@@ -8,6 +8,7 @@ from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
 from appliance.core.start import WorkerStart
 from appliance.core.types import BatcherConfig, Record, WorkerId, WorkerSpec
+from appliance.live.holding import HoldSettings
 from appliance.live.workers import PoolPlan, WatchSettings
 
 
@@ -42,6 +43,8 @@ class NodeSettings(Record, frozen=True, kw_only=True):
     journal_records: int = 20_000
     """Calls of the Dispatcher kept in memory."""
     faults: tuple[FaultRule, ...] = ()
+    holding: HoldSettings = HoldSettings()
+    """When tokens wait to leave together."""
     validate: bool = False
     """Check the laws after every message and step."""
     log_level: str = "info"

@@ -22,7 +22,8 @@ def test_a_meter_takes_first_gap_mean_and_total():
     now[0] = 13.0
     meter.finished()
     assert latency.ttft.sum == 1.0
-    assert latency.itl.sum == 0.5 + 1.0 / 2
+    assert latency.itl.sum == 0.5 + 1.0  # the last two tokens share the gap
+    assert sum(latency.itl.counts) == 3
     assert latency.tpot.sum == 1.5 / 3
     assert latency.e2e.sum == 3.0
 

@@ -1,5 +1,6 @@
 """Fan-out of steps to sinks: order, liveness, and the state from which any worker can go on."""
 
+import asyncio
 from array import array
 
 import msgspec
@@ -9,7 +10,7 @@ from appliance.core.messages import Ended
 from appliance.core.payload import Sampling, SequenceState, StepOutputs, TokenLogprobs
 from appliance.core.types import ErrorKind, FinishReason, RequestId
 from appliance.live.records import Delta, End, Ticket
-from appliance.live.streams import Stream, Streams
+from appliance.live.streams import DELIVERIES, Stream, Streams
 
 
 class Log:
@@ -66,6 +67,12 @@ class World:
                 )
             )
 
+    async def turn(self, *rows: tuple[int, list[int], str]) -> int:
+        """One step, and the end of the loop's turn."""
+        num_tokens = self.streams.fan_out(step(*rows))
+        await asyncio.sleep(0)
+        return num_tokens
+
     def end(self, request_id: int, **how: object) -> None:
         self.streams.end(Ended(request_id=RequestId(request_id), **how))  # type: ignore[arg-type]
 
@@ -73,15 +80,46 @@ class World:
 async def test_a_step_reaches_each_sink_with_its_own_tokens() -> None:
     one, two = Log(), Log()
     world = World(one, two)
-    assert world.streams.fan_out(step((2, [5, 6], "ab"), (1, [4], "c"))) == 3
+    assert await world.turn((2, [5, 6], "ab"), (1, [4], "c")) == 3
     assert one.calls == [Delta(tokens=[4], text="c", logprobs=[TokenLogprobs(-0.5)])]
     assert two.calls == [Delta(tokens=[5, 6], text="ab", logprobs=[TokenLogprobs(-0.5)] * 2)]
 
 
+async def test_steps_of_one_turn_are_one_push_in_order_and_another_turn_is_another() -> None:
+    one, two = Log(), Log()
+    world = World(one, two)
+    world.streams.fan_out(step((1, [4], "a"), (2, [5], "b")))
+    await world.turn((1, [6, 7], "cd"))
+    await world.turn((1, [8], "e"))
+    pushes = [call for call in one.calls if isinstance(call, Delta)]
+    assert [(push.tokens, push.text) for push in pushes] == [([4, 6, 7], "acd"), ([8], "e")]
+    assert [len(push.logprobs or ()) for push in pushes] == [3, 1]
+    assert [push.steps() for push in pushes] == [[(1, "a"), (2, "cd")], [(1, "e")]]
+    assert len(two.calls) == 1
+
+
+async def test_the_last_tokens_precede_an_end_of_the_same_turn() -> None:
+    log = Log()
+    world = World(log)
+    world.streams.fan_out(step((1, [4], "a")))
+    world.end(1, reason=FinishReason.STOP)
+    await asyncio.sleep(0)
+    assert [type(call) for call in log.calls] == [Delta, End]
+
+
+async def test_more_streams_than_one_callback_takes_are_all_delivered() -> None:
+    logs = [Log() for _ in range(DELIVERIES + 3)]
+    world = World(*logs)
+    await world.turn(*((at + 1, [at], "x") for at in range(len(logs))))
+    assert sum(len(log.calls) for log in logs) == DELIVERIES
+    await asyncio.sleep(0)
+    assert [len(log.calls) for log in logs] == [1] * len(logs)
+
+
 async def test_the_state_of_a_sequence_is_all_that_was_asked_and_sent() -> None:
     world = World(Log())
-    world.streams.fan_out(step((1, [300], "x")))
-    world.streams.fan_out(step((1, [2, 70_000], "y")))
+    await world.turn((1, [300], "x"))
+    await world.turn((1, [2, 70_000], "y"))
     state = msgspec.msgpack.decode(world.streams.payload(RequestId(1)), type=SequenceState)
     assert array("i", state.prompt).tolist() == [7, 8]
     assert array("i", state.emitted).tolist() == [300, 2, 70_000]
@@ -91,10 +129,10 @@ async def test_the_state_of_a_sequence_is_all_that_was_asked_and_sent() -> None:
 async def test_r1_nothing_follows_the_end_and_the_ticket_waits_for_all() -> None:
     one, two = Log(), Log()
     world = World(one, two)
-    world.streams.fan_out(step((1, [4], "c")))
+    await world.turn((1, [4], "c"))
     world.end(1, reason=FinishReason.STOP, cached_tokens=1)
     world.end(1, error=ErrorKind.INTERNAL)
-    assert world.streams.fan_out(step((1, [5], "late"), (99, [1], "unknown"))) == 0
+    assert await world.turn((1, [5], "late"), (99, [1], "unknown")) == 0
     assert one.calls[1:] == [
         End(
             reason=FinishReason.STOP,
@@ -118,7 +156,7 @@ async def test_a_cancelled_stream_hears_only_its_end() -> None:
     stream = world.streams.get(RequestId(1))
     assert stream is not None
     stream.cancelled = True
-    assert world.streams.fan_out(step((1, [4], "c"))) == 0
+    assert await world.turn((1, [4], "c")) == 0
     assert stream.num_emitted == 0
     world.end(1, error=ErrorKind.CANCELLED)
     assert [type(call) for call in log.calls] == [End]
@@ -127,8 +165,8 @@ async def test_a_cancelled_stream_hears_only_its_end() -> None:
 async def test_a_sink_that_raises_harms_nobody_else() -> None:
     bad, good = Breaks(), Log()
     world = World(bad, good)
-    world.streams.fan_out(step((1, [4], "c"), (2, [5], "d")))
-    world.streams.fan_out(step((1, [6], "e"), (2, [7], "f")))
+    await world.turn((1, [4], "c"), (2, [5], "d"))
+    await world.turn((1, [6], "e"), (2, [7], "f"))
     assert world.broken == [1]
     assert len(good.calls) == 2
     world.end(1, error=ErrorKind.INTERNAL)
