@@ -7,7 +7,6 @@ ends the process at once; its workers end with the sockets they share with it.
 """
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -25,6 +24,7 @@ from appliance.api.settings import ApiSettings
 from appliance.core.faults import FaultRule
 from appliance.listening import BACKLOG, CannotServe, room_for, url_of
 from appliance.live.chat_template import TemplateFailed
+from appliance.live.garbage import Collector
 from appliance.live.journal_file import JournalFileError
 from appliance.live.node import Node, StartFailed
 from appliance.live.spawner import Spawner
@@ -105,7 +105,12 @@ async def _serve(
         timeline.reached("listening")
         if await _ready(node, signals):
             _announce(plan, node, url=url_of(listener), timeline=timeline, screen=screen)
-            await _until_over(node, signals)
+            collector = Collector(lambda: node.num_open == 0)
+            collector.start()
+            try:
+                await _until_over(node, signals)
+            finally:
+                collector.stop()
         await _drain(node, signals.first.result(), seconds=plan.config.server.drain_seconds)
     except StartFailed as error:
         raise CannotServe(str(error)) from error
@@ -159,8 +164,6 @@ def _announce(plan: Plan, node: Node, *, url: str, timeline: Timeline, screen: S
         timeline.reached(words, at=at)
     screen.timeline(timeline.stages)
     screen.address(url=url, model=plan.served_name, needs_key=bool(plan.config.key))
-    gc.collect()
-    gc.freeze()  # what lives now lives to the end: no collection looks at it again
 
 
 async def _drain(node: Node, number: signal.Signals, *, seconds: float) -> None:
