@@ -10,6 +10,8 @@ result. The figures are in docs/results/control-plane.md.
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from tools.control_kit import ROOT, Client, cpu_seconds, end, free_port, machine, pin
+from tools.control_kit import ROOT, Client, cpu_seconds, end, free_port, machine, pin, prefer
 from tools.control_measure import MODEL, Load, measure
 from tools.control_probe import long_model
 
@@ -35,6 +37,7 @@ def rate(options: argparse.Namespace) -> Run:
         num_streams=options.streams,
         prompt_tokens=100,
         seconds=options.seconds,
+        priority=options.priority,
     )
     return {"load": msgspec.to_builtins(load), **measure(load)}
 
@@ -46,6 +49,7 @@ def stream(options: argparse.Namespace) -> Run:
         profile=f"fixed-{1000 / options.rate:.3f}ms",
         num_streams=options.streams,
         seconds=options.seconds,
+        priority=options.priority,
         server_cores=(0,),
         worker_cores=(1,),
         client_cores=(1,),
@@ -99,8 +103,9 @@ def full(options: argparse.Namespace) -> Run:
         profile=f"fixed-{1000 / options.rate:g}ms",
         num_streams=options.workers * options.streams,
         sampled=options.sampled,
-        spare=8,
+        spare=64,
         seconds=options.seconds,
+        priority=options.priority,
         server_cores=(0,),
         worker_cores=(1,),
         client_cores=(1,),
@@ -156,9 +161,16 @@ def main() -> None:
         command.add_argument("--long-prompt", type=int, default=0, help="full: tokens of it")
         command.add_argument("--slo-class", default="")
         command.add_argument("--set", action="append", default=[], help="of the server")
+        command.add_argument(
+            "--priority", type=int, default=0, help="autogroup nice value of all processes"
+        )
         command.add_argument("--repeats", type=int, default=3)
         command.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended
+    if options.priority:
+        os.setsid()  # a scheduling group of its own, which clients and the bare loop inherit
+        prefer(os.getpid(), options.priority)
     write(repeat(options.measured, options), options)
 
 

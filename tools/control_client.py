@@ -37,7 +37,7 @@ from appliance.worker.text import TokenText
 from tools.control_kit import quantile
 
 RECEIVE_BYTES = 1 << 16
-EOS = 2
+BEGIN_SECONDS = 40.0
 SAMPLED_BATCH = 1024
 _EVENT = re.compile(rb"data: (\{[^\n]*\})\n\n")
 
@@ -50,7 +50,7 @@ class Spec(Record, frozen=True, kw_only=True):
     prompt_tokens: int
     max_tokens: int
     sampled: int
-    sweep_seconds: float = 0.2
+    sweep_seconds: float = 0.02
     profile: str = ""
     """Of the workers; empty: the server is no appliance, texts mean nothing."""
     model_dir: str = ""
@@ -145,7 +145,8 @@ class Client:
         self._by_fd = {stream.sock.fileno(): stream for stream in self._sampled}
 
     def run(self) -> Window:
-        """Read until the window is named."""
+        """Read until the window is named. Raises `SystemExit` if a stream does not begin."""
+        limit = time.monotonic() + BEGIN_SECONDS
         self._poll.register(sys.stdin.fileno(), select.EPOLLIN)
         said = False
         sweep = time.monotonic()
@@ -166,9 +167,9 @@ class Client:
                 if not said and all(stream.begun for stream in self._streams):
                     said = True
                     _say({"steady": True})
-                if not said and any(stream.ended for stream in self._streams):
-                    _say({"ended_early": sum(stream.ended for stream in self._streams)})
-                    raise SystemExit(1)
+                elif not said and sweep > limit:
+                    begun = sum(stream.begun for stream in self._streams)
+                    raise SystemExit(f"only {begun} streams have begun in {BEGIN_SECONDS:g} s")
 
     def figures(self, window: Window) -> dict[str, Any]:
         """Close all; what the window held."""

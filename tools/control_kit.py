@@ -36,6 +36,7 @@ class Options(Record, frozen=True, kw_only=True):
     assignments: tuple[str, ...] = ()
     server_cores: tuple[int, ...] = (0, 1)
     worker_cores: tuple[int, ...] = (0, 1)
+    priority: int = 0
 
 
 def free_port() -> int:
@@ -56,6 +57,13 @@ def pin(pid: int, cores: Sequence[int]) -> None:
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(task.name), cores)
+
+
+def prefer(pid: int, priority: int) -> None:
+    """Give the session of that process this autogroup nice value, so that other jobs on the machine
+    disturb less; 0 leaves it as it is. Below 0 it needs root."""
+    if priority:
+        Path(f"/proc/{pid}/autogroup").write_text(str(priority))
 
 
 def cpu_seconds(pid: int) -> float:
@@ -127,8 +135,10 @@ def running_server(options: Options, *, num_workers: int) -> Iterator[Server]:
         server = Server(process, port)
         server.wait_ready(num_workers)
         pin(process.pid, options.server_cores)
+        prefer(process.pid, options.priority)
         for pid in server.workers.values():
             pin(pid, options.worker_cores)
+            prefer(pid, options.priority)
         yield server
     finally:
         end(process)

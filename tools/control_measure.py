@@ -42,6 +42,8 @@ class Load(Record, frozen=True, kw_only=True):
     worker_cores: tuple[int, ...] = ALL_CORES
     client_cores: tuple[int, ...] = ALL_CORES
     assignments: tuple[str, ...] = ()
+    priority: int = 0
+    """Autogroup nice value of server and workers."""
     slo_class: str = ""
     probe: bool = False
     """Ask for /version fifty times a second meanwhile."""
@@ -106,6 +108,7 @@ def measure(load: Load) -> dict[str, Any]:
         ),
         server_cores=load.server_cores,
         worker_cores=load.worker_cores,
+        priority=load.priority,
     )
     with running_server(options, num_workers=load.num_workers) as server:
         client = Client(_client_spec(load, server.port), cores=load.client_cores)
