@@ -34,6 +34,7 @@ from appliance.core.messages import (
     Refused,
     Release,
     Report,
+    Resume,
     RoleChanged,
     SetBudget,
     SetRole,
@@ -167,7 +168,7 @@ class Batcher:
                 return []
             case Pull(request=request):
                 return [self._refused(command, "KV is not pulled here", request_id=request.id)]
-            case Migrate(request_id=id_) | Release(request_id=id_):
+            case Migrate(request_id=id_) | Release(request_id=id_) | Resume(request_id=id_):
                 return [self._refused(command, "KV is not handed over here", request_id=id_)]
             case LoadWeights():
                 return [self._refused(command, "weights are loaded once, when the worker starts")]

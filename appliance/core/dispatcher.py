@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from appliance.core.admission import end_hopeless, legal_refusal, retry_after
+from appliance.core.asks import ParkAsked, RolesAsked, WakeAsked, WorkerAsked
 from appliance.core.cost import CostModel
 from appliance.core.invariants_node import NodeAuditor
 from appliance.core.isolation import Isolation
@@ -32,9 +33,12 @@ from appliance.core.messages import (
     Heartbeat,
     Input,
     KvPulled,
+    LinkDown,
+    LinkUp,
     Output,
     Preempted,
     Prefilled,
+    PrefixPulled,
     PullFailed,
     Refused,
     Reject,
@@ -179,6 +183,8 @@ class Dispatcher:
                 self._state.is_draining = True
             case DrainExpired():
                 self._drain_expired(now)
+            case RolesAsked() | ParkAsked() | WakeAsked() | WorkerAsked():
+                pass
             case _:
                 slot = self._state.slots.get(message.worker)
                 if slot is not None:
@@ -255,6 +261,8 @@ class Dispatcher:
             case RoleChanged():
                 slot.role = report.role
                 slot.touch()
+            case LinkUp() | LinkDown() | PrefixPulled():
+                pass
             case Refused() | Prefilled() | Released() | KvPulled() | PullFailed() | WeightsLoaded():
                 pass  # answers to what is never asked for here, or only of interest to the shell
             case never:

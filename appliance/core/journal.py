@@ -33,11 +33,10 @@ from appliance.core.messages import (
     Reject,
     Report,
     StepReported,
-    Tagged,
     WorkerDown,
 )
 from appliance.core.node_state import DispatcherConfig
-from appliance.core.types import Record, RequestId, WorkerId, WorkerSpec
+from appliance.core.types import Record, RequestId, Tagged, WorkerId, WorkerSpec
 
 VERSION = 1
 

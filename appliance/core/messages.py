@@ -5,28 +5,34 @@ comes from outside, an `Effect` goes to the shell around the Dispatcher. The sam
 control pipe's frames, the journal's lines and a simulator's queue. Commands are imperative, the
 rest past.
 
-Hand-off, migration, role changes and weight moves are named here from the start, so that tables,
-journal and wire format do not change when their mechanism arrives; a Batcher that is asked for one
-it does not perform answers `Refused`.
+A sequence goes from worker to worker in a *move* (`docs/moves.md`): the target hears `Pull`, the
+source `Migrate`, both with the same `MoveId`; they settle the copy between themselves
+(`appliance.core.peer`), the source says `Prefilled` when it computes no more, the target `KvPulled`
+when it decodes, and the source hears `Release`, or `Resume` if the move failed.
 """
 
+from appliance.core.asks import (
+    Answered,
+    Decided,
+    ParkAsked,
+    RolesAsked,
+    WakeAsked,
+    WorkerAsked,
+)
 from appliance.core.types import (
     BlockHash,
     CacheGroupSpec,
     ErrorKind,
     FinishReason,
+    MoveId,
     Record,
     Request,
     RequestId,
     Role,
+    Tagged,
     WorkerId,
     WorkerLoad,
 )
-
-
-class Tagged(Record, frozen=True, kw_only=True, tag_field="t", tag=True):
-    """Base of every message: encoded with its class name under `t`."""
-
 
 # --- Commands: Dispatcher -> worker -------------------------------------------------------------
 
@@ -35,11 +41,15 @@ class Assign(Tagged, frozen=True, kw_only=True):
     """Serve this sequence. Payload: `SequenceState` (prompt and emitted ids, sampling, stop rules).
 
     `emitted_tokens` were sent to the client before and are known tokens: the worker computes their
-    KV and goes on with the next one."""
+    KV and goes on with the next one. With `pull_from` the first `pull_blocks` blocks of
+    `prefix_hashes` are believed to be in that peer's cache (`HOST_TIER`: in this worker's own host
+    memory): those that are not here are copied, not computed; what cannot be had is computed."""
 
     worker: WorkerId
     request: Request
     emitted_tokens: int = 0
+    pull_from: WorkerId | None = None
+    pull_blocks: int = 0
 
 
 class Abort(Tagged, frozen=True, kw_only=True):
@@ -50,27 +60,45 @@ class Abort(Tagged, frozen=True, kw_only=True):
 
 
 class Pull(Tagged, frozen=True, kw_only=True):
-    """Copy the KV of this sequence out of `source`'s pool and decode it. Payload:
-    `SequenceState`."""
+    """Take this sequence over from `source`: reserve blocks, copy its KV as it is finished there,
+    go on when the source has stopped. Payload: `SequenceState` as of `emitted_tokens`; what the
+    source emits after that comes with its last offer. Answered by `KvPulled` or `PullFailed`."""
 
     worker: WorkerId
+    move: MoveId
     request: Request
     source: WorkerId
     emitted_tokens: int = 0
 
 
 class Migrate(Tagged, frozen=True, kw_only=True):
-    """Let `target` pull this running sequence while it decodes, then stop here."""
+    """Let `target` pull this sequence while it is computed, then stop here; answered by
+    `Prefilled`, or `Refused`. Not before the target has reserved its blocks, and not before the
+    prompt is computed. With `live` the sequence decodes on until the target is nearly up to date,
+    without it stops with the first token."""
 
     worker: WorkerId
+    move: MoveId
     request_id: RequestId
     target: WorkerId
+    live: bool = False
+    lease_seconds: float = 10.0
+    """How long the KV is kept for the target after the stop, unless `Release` or `Resume` comes."""
+
+
+class Resume(Tagged, frozen=True, kw_only=True):
+    """The move is off: go on with this sequence here, whether it has stopped or not."""
+
+    worker: WorkerId
+    move: MoveId
+    request_id: RequestId
 
 
 class Release(Tagged, frozen=True, kw_only=True):
-    """The peer holds the KV of this sequence: end its lease."""
+    """The peer holds the KV of this sequence: end its lease; answered by `Released`."""
 
     worker: WorkerId
+    move: MoveId
     request_id: RequestId
 
 
@@ -110,8 +138,20 @@ class Wake(Tagged, frozen=True, kw_only=True):
 
 
 Command = (
-    Assign | Abort | Pull | Migrate | Release | SetRole | SetBudget | LoadWeights | Park | Wake
+    Assign
+    | Abort
+    | Pull
+    | Migrate
+    | Resume
+    | Release
+    | SetRole
+    | SetBudget
+    | LoadWeights
+    | Park
+    | Wake
 )
+HOST_TIER = WorkerId(-1)
+"""Stands for a worker's own host-memory tier where a peer could be named."""
 
 # --- Reports: worker -> Dispatcher --------------------------------------------------------------
 
@@ -154,10 +194,13 @@ class StepReported(Tagged, frozen=True, kw_only=True):
 
 
 class Prefilled(Tagged, frozen=True, kw_only=True):
-    """The prompt's KV is complete and leased to whoever pulls it."""
+    """This sequence is computed no further here: its KV is complete up to the last of
+    `emitted_tokens` tokens and leased to the target of the move."""
 
     worker: WorkerId
+    move: MoveId
     request_id: RequestId
+    emitted_tokens: int
 
 
 class Preempted(Tagged, frozen=True, kw_only=True):
@@ -170,10 +213,13 @@ class Preempted(Tagged, frozen=True, kw_only=True):
 
 
 class Released(Tagged, frozen=True, kw_only=True):
-    """The lease of this sequence has ended."""
+    """The lease of this sequence has ended, by `Release` or because its time was over
+    (`expired`)."""
 
     worker: WorkerId
+    move: MoveId
     request_id: RequestId
+    expired: bool = False
 
 
 class Aborted(Tagged, frozen=True, kw_only=True):
@@ -184,21 +230,65 @@ class Aborted(Tagged, frozen=True, kw_only=True):
 
 
 class KvPulled(Tagged, frozen=True, kw_only=True):
-    """The KV of this sequence has arrived and was verified."""
+    """The KV of this sequence has arrived and was verified; it goes on here, after
+    `emitted_tokens` tokens. In a frame of its own, before the first step that computes it.
+    `num_tokens` tokens of KV were copied (what the prefix cache had was not), `seconds` is the
+    time from the stop of the source to now."""
 
     worker: WorkerId
+    move: MoveId
     request_id: RequestId
     source: WorkerId
+    emitted_tokens: int
     num_tokens: int
+    num_bytes: int
     seconds: float
+    path: str
+    """How the bytes came: "shared memory", "peer copy" ..."""
 
 
 class PullFailed(Tagged, frozen=True, kw_only=True):
     """The KV of this sequence did not arrive; nothing of it is held here."""
 
     worker: WorkerId
+    move: MoveId
     request_id: RequestId
     source: WorkerId
+    reason: str
+
+
+class PrefixPulled(Tagged, frozen=True, kw_only=True):
+    """Cached blocks were copied for a sequence before its prefill: `num_blocks` of the `wanted`
+    ones. `reason` says why some were not."""
+
+    worker: WorkerId
+    request_id: RequestId
+    source: WorkerId
+    wanted: int
+    num_blocks: int
+    num_bytes: int
+    seconds: float
+    path: str
+    reason: str = ""
+
+
+class LinkUp(Tagged, frozen=True, kw_only=True):
+    """KV can be copied from `peer` (its incarnation `peer_epoch`) into this worker's pool; probed
+    with a copy."""
+
+    worker: WorkerId
+    peer: WorkerId
+    peer_epoch: int
+    path: str
+    bytes_per_second: float
+
+
+class LinkDown(Tagged, frozen=True, kw_only=True):
+    """Nothing can be copied from `peer` any more (or ever)."""
+
+    worker: WorkerId
+    peer: WorkerId
+    peer_epoch: int
     reason: str
 
 
@@ -265,6 +355,9 @@ Report = (
     | Aborted
     | KvPulled
     | PullFailed
+    | PrefixPulled
+    | LinkUp
+    | LinkDown
     | CacheChanged
     | Refused
     | RoleChanged
@@ -301,7 +394,17 @@ class DrainExpired(Tagged, frozen=True, kw_only=True):
     """The time to drain is over: end what is left with a typed error."""
 
 
-Event = Arrived | Cancelled | Woke | DrainStarted | DrainExpired
+Event = (
+    Arrived
+    | Cancelled
+    | Woke
+    | DrainStarted
+    | DrainExpired
+    | RolesAsked
+    | ParkAsked
+    | WakeAsked
+    | WorkerAsked
+)
 
 # --- Effects: Dispatcher -> shell ---------------------------------------------------------------
 
@@ -347,21 +450,7 @@ class Quarantine(Tagged, frozen=True, kw_only=True):
     reason: str
 
 
-class StartPull(Tagged, frozen=True, kw_only=True):
-    """Shell: copy these blocks from the peer."""
-
-    request_id: RequestId
-    source: WorkerId
-
-
-class StartLoad(Tagged, frozen=True, kw_only=True):
-    """Shell: bring the weights to this worker."""
-
-    worker: WorkerId
-    source: WorkerId | None = None
-
-
-Effect = Reject | Degrade | Ended | StartWorker | Quarantine | StartPull | StartLoad
+Effect = Reject | Degrade | Ended | StartWorker | Quarantine | Answered | Decided
 
 Input = Event | Report
 """What a Dispatcher hears."""

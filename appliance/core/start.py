@@ -8,7 +8,7 @@ is left out when the engine has no weights).
 import msgspec
 
 from appliance.core.faults import FaultRule
-from appliance.core.types import BatcherConfig, WorkerId
+from appliance.core.types import BatcherConfig, Role, WorkerId
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +26,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int
     num_blocks: int
     has_weights_fd: bool
+    role: Role = Role.MIXED
     load_weights: bool
     """True: fill the weight slab from `model_dir`. False: it is complete, map it."""
     hash_key: bytes

@@ -16,6 +16,8 @@ import msgspec
 
 RequestId = NewType("RequestId", int)
 WorkerId = NewType("WorkerId", int)
+MoveId = NewType("MoveId", int)
+"""One attempt to bring a sequence's KV from one worker to another; never used twice."""
 BlockId = int
 """Index of a block in one cache group's pool of one worker."""
 BlockHash = int
@@ -25,6 +27,10 @@ salt)."""
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """Base of every frozen record: keyword arguments only, compared by value."""
+
+
+class Tagged(Record, frozen=True, kw_only=True, tag_field="t", tag=True):
+    """Base of every message: encoded with its class name under `t`."""
 
 
 class Phase(StrEnum):

@@ -21,6 +21,7 @@ from typing import Any, assert_never
 
 import msgspec
 
+from appliance.core.asks import Answered, Decided
 from appliance.core.dispatcher import Dispatcher
 from appliance.core.journal import Journal, JournalHeader
 from appliance.core.lifecycle import WorkerState
@@ -46,10 +47,9 @@ from appliance.core.messages import (
     Reject,
     Release,
     Report,
+    Resume,
     SetBudget,
     SetRole,
-    StartLoad,
-    StartPull,
     StartWorker,
     StepReported,
     Wake,
@@ -313,7 +313,7 @@ class Node:
         match output:
             case Assign() | Pull():
                 self._assign(output, now)
-            case Abort() | Migrate() | Release() | SetRole() | SetBudget():
+            case Abort() | Migrate() | Resume() | Release() | SetRole() | SetBudget():
                 self.workers.send(output.worker, output)
             case LoadWeights() | Park() | Wake():
                 self.workers.send(output.worker, output)
@@ -330,8 +330,8 @@ class Node:
                     "worker is quarantined",
                     extra={"worker": output.worker, "reason": output.reason},
                 )
-            case StartPull() | StartLoad():
-                raise TypeError(f"{type(output).__name__} is not performed by this node")
+            case Answered() | Decided():
+                pass
             case never:
                 assert_never(never)
 

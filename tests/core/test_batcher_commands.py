@@ -23,6 +23,7 @@ from appliance.core.planning import PolicyError
 from appliance.core.slots import BatchSlots, Grant
 from appliance.core.types import (
     ErrorKind,
+    MoveId,
     Request,
     RequestId,
     Role,
@@ -57,9 +58,12 @@ def request_of(request_id: int = 1, **facts: object) -> Request:
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        (Pull(worker=WORKER, request=request_of(), source=WorkerId(1)), "Pull"),
-        (Migrate(worker=WORKER, request_id=RequestId(1), target=WorkerId(1)), "Migrate"),
-        (Release(worker=WORKER, request_id=RequestId(1)), "Release"),
+        (Pull(worker=WORKER, move=MoveId(1), request=request_of(), source=WorkerId(1)), "Pull"),
+        (
+            Migrate(worker=WORKER, move=MoveId(1), request_id=RequestId(1), target=WorkerId(1)),
+            "Migrate",
+        ),
+        (Release(worker=WORKER, move=MoveId(1), request_id=RequestId(1)), "Release"),
         (SetRole(worker=WORKER, role=Role.DECODE, epoch=3), "SetRole"),
         (LoadWeights(worker=WORKER), "LoadWeights"),
     ],

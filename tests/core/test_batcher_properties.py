@@ -18,7 +18,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from appliance.core.messages import Park, Pull, Refused, SetBudget, SetRole, Wake
 from appliance.core.slots import BatchSlots, Grant
-from appliance.core.types import BatcherConfig, CacheGroupSpec, Request, RequestId, Role, WorkerId
+from appliance.core.types import (
+    BatcherConfig,
+    CacheGroupSpec,
+    MoveId,
+    Request,
+    RequestId,
+    Role,
+    WorkerId,
+)
 from appliance.core.view import LocalView, SeqView
 from appliance.policy.parts import fill_fcfs
 from tests.core.toy_worker import FCFS, WORKER, Task, ToyWorker, answer, paged, window
@@ -160,7 +168,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.worker.handle(Park(worker=WORKER) if parked else Wake(worker=WORKER))
         self.worker.handle(SetBudget(worker=WORKER, prefill_tokens=tokens, max_decodes=decodes))
         request = Request(id=RequestId(1), arrived=0.0, prompt_tokens=1, max_tokens=1)
-        self.worker.handle(Pull(worker=WORKER, request=request, source=WorkerId(1)))
+        self.worker.handle(Pull(worker=WORKER, move=MoveId(1), request=request, source=WorkerId(1)))
         self.worker.handle(SetRole(worker=WORKER, role=Role.PREFILL, epoch=1))
 
     @rule(moves=st.lists(st.sampled_from("ppxfs"), min_size=1, max_size=10))

@@ -11,7 +11,7 @@ import pytest
 
 from appliance.core.messages import Abort, Heartbeat, Released, Report
 from appliance.core.start import WorkerStart
-from appliance.core.types import BatcherConfig, RequestId, WorkerId
+from appliance.core.types import BatcherConfig, MoveId, RequestId, WorkerId
 from appliance.core.wire import FrameBuffer, WireError, command_codec, report_codec
 from appliance.worker.channel import Channel, Heart, NodeGone, Progress, receive_start
 
@@ -78,9 +78,9 @@ def test_closed_writing_side_is_the_orderly_end_and_reports_still_go_out(pair: P
     assert channel.receive() == [([abort(1)], b"")]
     assert channel.receive() == []
     assert channel.ended
-    channel.send([Released(worker=W, request_id=RequestId(1))], b"payload")
+    channel.send([Released(worker=W, move=MoveId(1), request_id=RequestId(1))], b"payload")
     ((reports, payload),) = read_reports(node, 1)
-    assert reports == [Released(worker=W, request_id=RequestId(1))]
+    assert reports == [Released(worker=W, move=MoveId(1), request_id=RequestId(1))]
     assert payload == b"payload"
 
 
@@ -91,7 +91,7 @@ def test_r7_dead_node_is_told_apart_from_the_orderly_end(pair: Pair) -> None:
     with pytest.raises(NodeGone, match="closed the connection"):
         channel.receive()
     with pytest.raises(NodeGone):
-        channel.send([Released(worker=W, request_id=RequestId(1))])
+        channel.send([Released(worker=W, move=MoveId(1), request_id=RequestId(1))])
     assert channel.watch(60)
 
 
@@ -105,7 +105,7 @@ def test_bad_bytes_are_an_error_and_not_a_guess(pair: Pair) -> None:
 def test_stuck_node_does_not_hold_a_send_for_ever(pair: Pair) -> None:
     _, worker = pair
     channel = Channel(worker, send_seconds=0.05)
-    report = Released(worker=W, request_id=RequestId(1))
+    report = Released(worker=W, move=MoveId(1), request_id=RequestId(1))
     with pytest.raises(NodeGone, match="has read nothing"):
         flood(channel, report)
 
@@ -127,7 +127,9 @@ def test_threads_do_not_mix_their_frames(pair: Pair) -> None:
 
     def chatter(number: int) -> None:
         for _ in range(40):
-            channel.send([Released(worker=W, request_id=RequestId(number))], bytes(30_000))
+            channel.send(
+                [Released(worker=W, move=MoveId(1), request_id=RequestId(number))], bytes(30_000)
+            )
 
     threads = [threading.Thread(target=chatter, args=(n,)) for n in range(3)]
     for thread in threads:
