@@ -2,9 +2,11 @@
 
 Starts `appliance start` and goes round by round. In a round, users talk to it as real ones do and
 worse (see `tools/soak_clients.py`), bursts overload it, and every few seconds a random worker gets
-SIGKILL or SIGSTOP. Then the load ends, the server must *settle*: all workers up, nothing live,
-every block free, as many answers ended as were begun. There memory, descriptors, threads and
-processes are measured. What is drawn depends on the seed alone; its timing is the machine's.
+SIGKILL or SIGSTOP, often two of them shortly one after the other: answers that were present at both
+deaths become suspects and are tried alone. Then the load ends, the server must *settle*: all
+workers up, nothing live, every block free, as many answers ended as were begun. There memory,
+descriptors, threads and processes are measured. What is drawn depends on the seed alone; its timing
+is the machine's.
 
 No worker is hit before it has served long enough to count as healthy, so none is quarantined; the
 worker of the highest number is never hit. The exit code is 1 if a promise was broken (R1, R2, R3,
@@ -46,6 +48,9 @@ HEALTHY_SECONDS = 12.0
 """Age at which a worker may be hit again and again: over the server's bar for a healthy life."""
 FREE_BLOWS = 2
 """So many a worker takes at any age; the next in a row would quarantine it."""
+PAIRED_SHARE = 0.4
+"""Of the blows that a second one follows after `PAIR_SECONDS`."""
+PAIR_SECONDS = 0.6
 HOLD_SECONDS = 16.0
 """How long a stuck reader reads nothing, at most."""
 SETTLE_SECONDS = 30.0
@@ -246,7 +251,7 @@ class Soak:
     async def _blows(self, rng: random.Random) -> None:
         if not self._options.hit_seconds:
             return
-        pause = 0.0
+        pause, paired = 0.0, False
         last = time.monotonic()
         while time.monotonic() < self._until:
             await asyncio.sleep(0.25)
@@ -256,7 +261,9 @@ class Soak:
                 continue
             pid, sign = rng.choice(sorted(targets)), rng.choice((signal.SIGKILL, signal.SIGSTOP))
             self._hit.add(pid)
-            last, pause = now, rng.uniform(0.5, 1.5) * self._options.hit_seconds
+            paired = not paired and rng.random() < PAIRED_SHARE
+            mean = PAIR_SECONDS if paired else self._options.hit_seconds
+            last, pause = now, rng.uniform(0.5, 1.5) * mean
             try:
                 os.kill(pid, sign)
             except ProcessLookupError:
@@ -387,6 +394,8 @@ def tables(report: Report) -> list[Table]:
     seen.add_column("number", justify="right")
     for name, count in report.counts.items():
         seen.add_row(name, str(count))
+    for name in ("replaced", "trials", "acquitted"):
+        seen.add_row(f"server: {name}", str(report.server[name]))
     grown = Table(title="Settle points after the warm-up")
     for name in ("quantity", "first third", "last third", "slope per hour", "allowed", "verdict"):
         grown.add_column(name, justify="left" if name in ("quantity", "verdict") else "right")

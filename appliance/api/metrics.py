@@ -158,7 +158,7 @@ class _Engine(Collector):
         yield from self._worker_counters()
 
     def _counters(self) -> Iterator[Metric]:
-        stats = self._node.stats
+        stats, node = self._node.stats, self._node.dispatcher
         yield _counter(
             "requests",
             "Answers by outcome: a finish reason or the code of an error.",
@@ -176,6 +176,8 @@ class _Engine(Collector):
             ("cached_prompt_tokens", "Those of them found in a cache.", stats.cached_tokens),
             ("generation_tokens", "Tokens of ended answers.", stats.emitted_tokens),
             ("requests_replaced", "Answers that went on elsewhere.", stats.replaced),
+            ("request_trials", "Suspects of worker deaths that were tried.", node.num_trials),
+            ("request_acquittals", "Those of them that were acquitted.", node.num_acquitted),
         )
         for name, words, value in totals:
             yield _counter(name, words, [], [([], value)])

@@ -98,6 +98,16 @@ class Dispatcher:
         return self._state.view
 
     @property
+    def num_trials(self) -> int:
+        """Trials of suspects so far (`appliance.core.isolation`)."""
+        return self._state.num_trials
+
+    @property
+    def num_acquitted(self) -> int:
+        """Those of them that acquitted the suspect."""
+        return self._state.num_acquitted
+
+    @property
     def num_live(self) -> int:
         """Requests accepted and not ended."""
         return len(self._state.requests)

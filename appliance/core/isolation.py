@@ -63,6 +63,7 @@ class Isolation:
         if self._may_begin(suspect, best):
             self._state.assign(suspect, best, now, isolated=True)
             self._tried = suspect
+            self._state.num_trials += 1
 
     def stepped(self, report: StepReported) -> None:
         """The reserved worker finished a step; acquit the suspect that was computed often
@@ -77,6 +78,7 @@ class Isolation:
             record.trials += 1
             record.isolated = record.strict = record.suspected = False
             record.acquitted = True
+            self._state.num_acquitted += 1
 
     def _choose(self, now: float) -> tuple[RequestRecord, WorkerSlot] | None:
         """The first suspect that can begin at once and the best worker for it; if there is none,

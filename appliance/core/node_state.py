@@ -116,6 +116,10 @@ class NodeState:
         self.out: list[Output] = []
         """Said since the present message began."""
         self.is_draining = False
+        self.num_trials = 0
+        """Trials of suspects begun (`appliance.core.isolation`)."""
+        self.num_acquitted = 0
+        """Trials that ended in an acquittal."""
 
     @property
     def is_abandoned(self) -> bool:

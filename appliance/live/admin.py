@@ -28,6 +28,8 @@ def state_document(node: "Node", now: float) -> dict[str, Any]:
             "cached_tokens": stats.cached_tokens,
             "emitted_tokens": stats.emitted_tokens,
             "replaced": stats.replaced,
+            "trials": node.dispatcher.num_trials,
+            "acquitted": node.dispatcher.num_acquitted,
         },
         "model": info.model,
         "policy": info.policy,

@@ -306,6 +306,7 @@ def test_R27_bystanders_are_acquitted_after_some_steps_and_go_on_where_they_are(
         for _ in range(4):
             node.step(0, node.at(0))
     assert not node.core.view.workers[WorkerId(0)].reserved
+    assert (node.core.num_trials, node.core.num_acquitted) == (4, 4)
     node.arrive(5)
     assert node.at(0) == [1, 2, 3, 4, 5]
     assert not node.ended
