@@ -176,6 +176,8 @@ class WorkerSpec(Record, frozen=True, kw_only=True):
     id: WorkerId
     devices: tuple[str, ...]
     role: Role = Role.MIXED
+    parked: bool = False
+    """Standby: its process is started and gets no work until it is woken."""
 
 
 class WorkerLoad(Record, frozen=True, kw_only=True, array_like=True):
