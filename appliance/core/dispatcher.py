@@ -122,6 +122,11 @@ class Dispatcher:
         record = self._state.requests.get(request_id)
         return None if record is None else record.state
 
+    def worker_of(self, request_id: RequestId) -> WorkerId | None:
+        """Whose tokens of this live request count; None while it is at no worker."""
+        record = self._state.requests.get(request_id)
+        return None if record is None else record.worker
+
     def is_on_trial(self, request_id: RequestId) -> bool:
         """Whether a live request is at its worker as a suspect (`appliance.core.isolation`)."""
         record = self._state.requests.get(request_id)
