@@ -1,8 +1,8 @@
 """What a new worker process is told before the first frame.
 
 It is the only thing a worker receives outside the frames: msgpack behind a u32 length, in one
-`sendmsg` with the file descriptors of its slabs (weights first, KV second; the weights descriptor
-is left out when the engine has no weights).
+`sendmsg` with file descriptors: weight slab (left out when the engine has no weights), KV pool, and
+its end of the links channel (`appliance.core.peer_links`; left out for a worker without peers).
 """
 
 import msgspec

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from appliance.core.messages import Command, Report
+from appliance.core.peer import PeerMessage
 
 M = TypeVar("M")
 
@@ -63,6 +64,11 @@ def command_codec() -> FrameCodec[Command]:
 def report_codec() -> FrameCodec[Report]:
     """Frames that a worker sends to the node."""
     return FrameCodec(Report)  # type: ignore[arg-type]
+
+
+def peer_codec() -> FrameCodec[PeerMessage]:
+    """Frames that two workers send to each other."""
+    return FrameCodec(PeerMessage)  # type: ignore[arg-type]
 
 
 class FrameBuffer:

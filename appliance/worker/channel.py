@@ -179,9 +179,10 @@ class Heart(threading.Thread):
 
 
 def receive_start(sock: socket.socket) -> tuple[WorkerStart, list[int]]:
-    """Read the start record and the descriptors beside it (weight slab if any, then KV slab),
-    waiting for them. Nothing behind the record is consumed. Raises `NodeGone` or `ValueError`."""
-    head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, 2)
+    """Read the start record and the descriptors beside it (weight slab if any, KV pool, links
+    channel if any), waiting for them. Nothing behind the record is consumed. Raises `NodeGone` or
+    `ValueError`."""
+    head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, 3)
     for fd in fds:
         os.set_inheritable(fd, False)
     head += _receive_exactly(sock, _LENGTH.size - len(head))
@@ -190,10 +191,13 @@ def receive_start(sock: socket.socket) -> tuple[WorkerStart, list[int]]:
         raise ValueError(f"start record of {size} bytes is over the limit of {_MAX_START_BYTES}")
     start = msgspec.msgpack.decode(_receive_exactly(sock, size), type=WorkerStart)
     expected = 1 + start.has_weights_fd
-    if len(fds) != expected:
+    if len(fds) not in (expected, expected + 1):
         for fd in fds:
             os.close(fd)
-        raise ValueError(f"start record came with {len(fds)} descriptors instead of {expected}")
+        raise ValueError(
+            f"start record came with {len(fds)} descriptors instead of {expected} "
+            "(one more with a links channel)"
+        )
     return start, list(fds)
 
 

@@ -194,10 +194,13 @@ def send_start(node: socket.socket, start: WorkerStart, fds: list[int]) -> None:
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_start_record_brings_descriptors_and_leaves_the_frames(pair: Pair, weights: bool) -> None:
+@pytest.mark.parametrize("slabs", [("kv",), ("kv", "links")])
+def test_start_record_brings_descriptors_and_leaves_the_frames(
+    pair: Pair, weights: bool, slabs: tuple[str, ...]
+) -> None:
     node, worker = pair
     start = start_record(weights=weights)
-    files = [os.memfd_create(name) for name in ("weights", "kv")[0 if weights else 1 :]]
+    files = [os.memfd_create(name) for name in (*(("weights",) if weights else ()), *slabs)]
     for fd in files:
         os.write(fd, b"slab")
     send_start(node, start, files)
