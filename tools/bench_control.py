@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from tools.control_kit import ROOT, Client, cpu_seconds, end, free_port, machine, pin, prefer
-from tools.control_measure import MODEL, Load, measure
+from tools.control_measure import ALL_CORES, MODEL, Load, measure
 from tools.control_probe import long_model
 
 POSITIONS = 131_072
@@ -103,11 +103,12 @@ def full(options: argparse.Namespace) -> Run:
         profile=f"fixed-{1000 / options.rate:g}ms",
         num_streams=options.workers * options.streams,
         sampled=options.sampled,
+        sweep_seconds=0.1,
         spare=64,
         seconds=options.seconds,
         priority=options.priority,
         server_cores=(0,),
-        worker_cores=(1,),
+        worker_cores=ALL_CORES if options.free_workers else (1,),
         client_cores=(1,),
         assignments=tuple(options.set),
         probe=True,
@@ -160,6 +161,9 @@ def main() -> None:
         command.add_argument("--sampled", type=int, default=64, help="full: read at once")
         command.add_argument("--long-prompt", type=int, default=0, help="full: tokens of it")
         command.add_argument("--slo-class", default="")
+        command.add_argument(
+            "--free-workers", action="store_true", help="full: workers on all cores"
+        )
         command.add_argument("--set", action="append", default=[], help="of the server")
         command.add_argument(
             "--priority", type=int, default=0, help="autogroup nice value of all processes"

@@ -33,6 +33,7 @@ class Load(Record, frozen=True, kw_only=True):
     profile: str
     num_streams: int
     seconds: float
+    sweep_seconds: float = 0.02
     prompt_tokens: int = 32
     sampled: int = 0
     spare: int = 0
@@ -117,7 +118,7 @@ def measure(load: Load) -> dict[str, Any]:
         sampler = Sampler(server, client)
         before, begun = server.metrics()
         probe = Probe(server.port) if load.probe else None
-        prompt = LongPrompt(server.port, load.long_prompt) if load.long_prompt else None
+        prompt = long_prompt(load, server.port)
         if prompt is not None:
             prompt.post_after(load.seconds / 3)
         sampler.run(load.seconds)
@@ -150,6 +151,13 @@ def measure(load: Load) -> dict[str, Any]:
     return result
 
 
+def long_prompt(load: Load, port: int) -> LongPrompt | None:
+    """The request with the long prompt, if there is to be one."""
+    if not load.long_prompt:
+        return None
+    return LongPrompt(port, load.long_prompt, tokenizer=MODEL / "tokenizer.json")
+
+
 def _client_spec(load: Load, port: int) -> dict[str, Any]:
     return {
         "port": port,
@@ -157,6 +165,7 @@ def _client_spec(load: Load, port: int) -> dict[str, Any]:
         "prompt_tokens": load.prompt_tokens,
         "max_tokens": LONGEST - load.prompt_tokens,
         "sampled": load.sampled or load.num_streams,
+        "sweep_seconds": load.sweep_seconds,
         "profile": load.profile,
         "model_dir": load.model_dir,
         "slo_class": load.slo_class,

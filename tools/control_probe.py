@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from tools.control_kit import quantile
 
 PROBES_PER_SECOND = 50
@@ -58,8 +60,10 @@ class Probe:
 class LongPrompt:
     """A request with a text of about so many tokens, which asks for one token."""
 
-    def __init__(self, port: int, num_tokens: int) -> None:
-        text = " ".join(WORDS[at * at % len(WORDS)] for at in range(num_tokens))
+    def __init__(self, port: int, num_tokens: int, *, tokenizer: Path) -> None:
+        words = " ".join(WORDS[at * at % len(WORDS)] for at in range(1000)) + " "
+        per_part = len(Tokenizer.from_file(str(tokenizer)).encode(words).ids)
+        text = words * (num_tokens // per_part)
         self._port = port
         self._body = json.dumps({"prompt": text, "max_tokens": 1, "ignore_eos": True}).encode()
         self._answer: dict[str, Any] = {}
