@@ -5,7 +5,8 @@ costs the operator a second and not a minute::
 
     weights of the node   one slab, shared by all workers
     packed weights        per CPU worker: the copy in the layout of the matrix kernels
-    KV of a worker        (num_blocks + 1 for scratch) * block_tokens * bytes per token
+    KV of a worker        (num_blocks + 1 for scratch) * block_tokens * bytes per token, and an
+                          index of 16 bytes per block
 
 `kv.memory = "auto"` is `AUTO_KV_BYTES` or two longest sequences, whichever is more, but no more
 than `max_num_seqs` sequences could fill and no more than the worker's share of `AUTO_KV_SHARE` of
@@ -18,13 +19,14 @@ from pathlib import Path
 import msgspec
 
 from appliance.config import Config, ConfigError, bundled_models
-from appliance.core.model_shape import PAGE_BYTES, DType, kv_slab_bytes, parse_dtype, slab_bytes
+from appliance.core.kv_layout import INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, pool_bytes
+from appliance.core.model_shape import PAGE_BYTES, DType, parse_dtype, slab_bytes
 from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, Record
 from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
-from appliance.worker.profiles import KV_SLOT_BYTES, device_profile, paced_kv_slab_bytes
+from appliance.worker.profiles import KV_SLOT_BYTES, device_profile
 
 AUTO_KV_BYTES = 256 * 1024**2
 AUTO_KV_SHARE = 0.25
@@ -45,7 +47,7 @@ class Memory(Record, frozen=True, kw_only=True):
     packed: int
     """One worker's private copy."""
     kv: int
-    """One worker's KV slab."""
+    """One worker's KV slab, its index included."""
     block: int
     """One KV block."""
 
@@ -92,13 +94,7 @@ def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
             f"model.max_model_len: auto is {max_model_len}, what the KV memory of a worker holds; "
             f"the model was built for {checkpoint.shape.max_positions}"
         )
-    kv_bytes = (
-        paced_kv_slab_bytes(num_blocks=num_blocks, block_tokens=config.kv.block_tokens)
-        if devices.kind == "paced"
-        else kv_slab_bytes(
-            checkpoint.shape, dtype, num_blocks=num_blocks, block_tokens=config.kv.block_tokens
-        )
-    )
+    kv_bytes = pool_bytes(num_blocks=num_blocks, block_bytes=fixed.block)
     plan = Plan(
         config=config,
         devices=devices,
@@ -226,8 +222,10 @@ def _check_memory(plan: Plan) -> None:
     if total <= plan.machine.free_bytes:
         return
     fixed = total - num_workers * plan.memory.kv
-    margin = plan.memory.block + PAGE_BYTES  # scratch block, rounding
-    room = (plan.machine.free_bytes - fixed) // num_workers - margin
+    block = plan.memory.block
+    margin = block + INDEX_HEADER_BYTES + 2 * PAGE_BYTES  # scratch block, rounding
+    each = (plan.machine.free_bytes - fixed) // num_workers - margin
+    room = each // (block + 2 * INDEX_ENTRY_BYTES) * block
     least = -(-plan.batcher.max_model_len // plan.config.kv.block_tokens) * plan.memory.block
     if room > least:
         fix = f"write kv.memory = {room}"

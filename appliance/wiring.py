@@ -86,7 +86,10 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
         workers=plan.devices.workers,
         engine=plan.devices.engine,
         pool=PoolPlan(
-            entry=WORKER_ENTRY, weight_bytes=plan.memory.weights, kv_bytes=plan.memory.kv
+            entry=WORKER_ENTRY,
+            weight_bytes=plan.memory.weights,
+            num_blocks=plan.num_blocks,
+            block_bytes=plan.memory.block,
         ),
         batcher=plan.batcher,
         block_tokens=config.kv.block_tokens,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from appliance.config import Config, ConfigError, load
+from appliance.core.kv_layout import index_bytes
 from appliance.core.model_shape import kv_slab_bytes, slab_bytes
 from appliance.devices import plan_devices
 from appliance.live.checkpoint import CheckpointError
@@ -52,8 +53,8 @@ def test_memory_adds_up_to_what_the_slabs_take() -> None:
     found = plan("cpu:2")
     shape = found.checkpoint.shape
     assert found.memory.weights == slab_bytes(shape, "float32")
-    expected = kv_slab_bytes(shape, "float32", num_blocks=found.num_blocks, block_tokens=16)
-    assert found.memory.kv == expected
+    blocks = kv_slab_bytes(shape, "float32", num_blocks=found.num_blocks, block_tokens=16)
+    assert found.memory.kv == blocks + index_bytes(found.num_blocks)
     total = found.memory.weights + 2 * (found.memory.packed + found.memory.kv)
     assert found.memory.total(2) == total <= found.machine.free_bytes
 

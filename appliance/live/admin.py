@@ -43,7 +43,7 @@ def why_none(node: "Node") -> str:
     """The last death of each worker, and what helps when the kernel killed them."""
     causes = [
         f"worker {spec.id} ({'+'.join(spec.devices)}): {node.dispatcher.last_cause(spec.id)}"
-        for spec in node.settings.workers
+        for spec in node.specs.values()
     ]
     if any("SIGKILL" in cause for cause in causes):
         causes.append(
@@ -54,9 +54,9 @@ def why_none(node: "Node") -> str:
 
 
 def _worker(node: "Node", view: WorkerView, now: float) -> dict[str, Any]:
-    spec = next(spec for spec in node.settings.workers if spec.id == view.id)
+    spec = node.specs[view.id]
     life = node.workers.living.get(view.id)
-    stats = node.stats.workers[view.id]
+    stats = node.stats.worker(view.id)
     load = view.load
     return {
         "id": view.id,
@@ -113,7 +113,7 @@ def stalls(node: "Node", workers: Mapping[Any, WorkerView], now: float) -> list[
     for worker in workers.values():
         if worker.state is not WorkerState.READY or worker.assigned == 0:
             continue
-        stats = node.stats.workers[worker.id]
+        stats = node.stats.worker(worker.id)
         silence = node.workers.silence(worker.id, now)
         name = f"worker {worker.id} has work"
         if silence > limit:

@@ -14,7 +14,6 @@ answer's end, so the last text of an answer always precedes its end.
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, assert_never
@@ -27,23 +26,20 @@ from appliance.core.journal import Journal, JournalHeader
 from appliance.core.lifecycle import WorkerState
 from appliance.core.messages import (
     Abort,
-    Arrived,
     Assign,
     Cancelled,
     Degrade,
     DrainExpired,
     DrainStarted,
     Ended,
-    Heartbeat,
     Input,
+    KvPulled,
     LoadWeights,
     Migrate,
     Output,
     Park,
-    Preempted,
     Pull,
     Quarantine,
-    Refused,
     Reject,
     Release,
     Report,
@@ -51,19 +47,21 @@ from appliance.core.messages import (
     SetBudget,
     SetRole,
     StartWorker,
-    StepReported,
     Wake,
-    WeightsLoaded,
     Woke,
     WorkerDown,
     WorkerUp,
 )
 from appliance.core.slots import Policy
 from appliance.core.start import WorkerStart
-from appliance.core.types import ErrorKind, Request, RequestId, WorkerId
+from appliance.core.types import ErrorKind, WorkerId
 from appliance.live import admin
+from appliance.live.asks import Asks
+from appliance.live.bookkeeping import Bookkeeper
 from appliance.live.holding import Holding
+from appliance.live.intake import Intake
 from appliance.live.journal_file import JournalFile
+from appliance.live.moves import Moves
 from appliance.live.pump import Pump
 from appliance.live.records import Health, NodeInfo, Rejected, Sink, Submission, Ticket
 from appliance.live.settings import NodeSettings
@@ -75,7 +73,6 @@ from appliance.live.tokenise import TextService
 from appliance.live.workers import Workers
 
 log = logging.getLogger(__name__)
-MAX_MILESTONES = 200
 
 
 class StartFailed(Exception):
@@ -107,12 +104,11 @@ class Node:
             policy=policy.dispatch,
             validate=settings.validate,
         )
-        self.stats = NodeStats(tuple(spec.id for spec in settings.workers))
-        self.timeline: list[tuple[float, str]] = []
-        """What happened during the start: (time on the node's clock, words)."""
+        self.specs = {spec.id: spec for spec in settings.workers}
+        """Every worker ever asked for."""
+        self.stats = NodeStats(tuple(self.specs))
+        self.moves = Moves()
         self.started_at = clock()
-        self.unready_since: float | None = self.started_at
-        """Since when no worker has been ready; None while one is."""
         self.broken = ""
         """Why the node cannot go on at all; empty while it can."""
         self.failure: asyncio.Future[str] | None = None
@@ -127,11 +123,17 @@ class Node:
         self.holding = Holding(settings.holding, clock=clock)
         """How long tokens wait to leave together, and what that did."""
         self._streams = Streams(on_broken=self._sink_broke, holding=self.holding, clock=clock)
-        self._submitting: RequestId | None = None
-        self._reject: Reject | None = None
-        """What the Dispatcher said to the request being submitted."""
-        self._names: OrderedDict[str, tuple[RequestId, ...]] = OrderedDict()
-        self._next_id = 1
+        self._intake = Intake(
+            self._pump,
+            self._streams,
+            text=text,
+            stats=self.stats,
+            num_names=settings.journal_records // 2,  # a story has two or more
+            clock=clock,
+        )
+        self.asks = Asks(lambda ask: self._pump.post("operator", ask), specs=self.specs)
+        """What operators ask of the node."""
+        self._books = Bookkeeper(self.dispatcher, stats=self.stats, moves=self.moves, clock=clock)
         self._waiters: list[asyncio.Future[None]] = []
         self.workers = Workers(
             settings.pool,
@@ -148,7 +150,7 @@ class Node:
         """Start all workers; returns at once. Needs the running loop."""
         loop = asyncio.get_running_loop()
         self.failure = loop.create_future()
-        self._spawner.attach(loop, lambda: self._milestone("imports done"))
+        self._spawner.attach(loop, lambda: self._books.milestone("imports done"))
         self.workers.open()
         self._pump.post("clock", Woke())
 
@@ -158,7 +160,7 @@ class Node:
         while self._num_in(WorkerState.READY) < num_workers:
             if self.broken:
                 raise StartFailed(self.broken)
-            if self._num_in(WorkerState.QUARANTINED) == len(self.settings.workers):
+            if self._num_in(WorkerState.QUARANTINED, WorkerState.PARKED) == len(self.specs):
                 raise StartFailed("no worker could be started: " + admin.why_none(self))
             await self._change()
 
@@ -182,6 +184,7 @@ class Node:
             self._pump.post("node", DrainExpired())
         self._closed = True
         self._pump.stop()
+        self.asks.refuse("the server is shutting down")
         await self.workers.close()
         self._spawner.close()
         self.text.close()
@@ -197,48 +200,7 @@ class Node:
             raise Rejected(ErrorKind.INTERNAL, self.broken)
         if self._closed:
             raise Rejected(ErrorKind.DRAINING, "the server is shutting down")
-        prompt = spec.prompt
-        if spec.salt != prompt.salt:
-            prompt = self.text.name_blocks(prompt.ids, spec.salt)
-        ids = tuple(RequestId(self._next_id + index) for index in range(len(sinks)))
-        self._next_id += len(sinks)
-        ticket = Ticket(spec.name, ids)
-        packed, now = prompt.ids.tobytes(), self._clock()
-        arrived = now if spec.arrived is None else min(spec.arrived, now)
-        for index, (request_id, sink) in enumerate(zip(ids, sinks, strict=True)):
-            sampling = msgspec.structs.replace(spec.sampling, seed=spec.sampling.seed + index)
-            self._streams.open(
-                Stream(
-                    request_id,
-                    ticket,
-                    sink=sink,
-                    prompt=packed,
-                    sampling=sampling,
-                    salt=spec.salt,
-                    bound=spec.slo.tpot,
-                )
-            )
-            request = Request(
-                id=request_id,
-                arrived=arrived,
-                prompt_tokens=len(prompt.ids),
-                max_tokens=spec.max_tokens,
-                slo=spec.slo,
-                prefix_hashes=prompt.hashes,
-                group=ids[0] if len(ids) > 1 else None,
-                tenant=spec.tenant,
-                priority=spec.priority,
-            )
-            reject = self._offer(request)
-            if reject is not None:
-                self._take_back(ids[:index])
-                raise Rejected(reject.kind, reject.reason, reject.retry_after)
-        self._names[spec.name] = ids
-        if len(self._names) > self.settings.journal_records // 2:  # a story has two or more
-            self._names.popitem(last=False)
-        self.stats.submitted += 1
-        self.stats.sequences += len(ids)
-        return ticket
+        return self._intake.submit(spec, sinks)
 
     def cancel(self, ticket: Ticket, kind: ErrorKind = ErrorKind.CANCELLED) -> None:
         """Give up all answers of this ticket that have not ended. Idempotent."""
@@ -254,7 +216,7 @@ class Node:
 
     def story(self, name: str) -> dict[str, Any] | None:
         """What happened to the request of this name; None when it is not (or no longer) known."""
-        ids = self._names.get(name)
+        ids = self._intake.ids_of(name)
         if ids is None:
             return None
         answers = [{"id": each, "events": self._journal.story(each)} for each in ids]
@@ -275,6 +237,16 @@ class Node:
         return True, "ready"
 
     @property
+    def timeline(self) -> Sequence[tuple[float, str]]:
+        """What happened during the start: (time on the node's clock, words)."""
+        return self._books.timeline
+
+    @property
+    def unready_since(self) -> float | None:
+        """Since when no worker has been ready; None while one is."""
+        return self._books.unready_since
+
+    @property
     def num_open(self) -> int:
         """Answers under way."""
         return len(self._streams)
@@ -282,12 +254,19 @@ class Node:
     # --- what workers say (WorkerEvents) -------------------------------------------------------
 
     def frame(self, worker: WorkerId, reports: list[Report], payload: bytes) -> None:
-        """One frame of a living worker."""
+        """One frame of a living worker: heard now, or when what comes before it was heard."""
+        if self.moves.holds(worker, reports, payload):
+            return
+        self._hear(worker, reports, payload)
+        while (frame := self.moves.next_frame()) is not None:
+            self._hear(*frame)
+
+    def _hear(self, worker: WorkerId, reports: list[Report], payload: bytes) -> None:
         if self.broken:
             return
         if payload:
             try:
-                self.stats.emitted_tokens += self._streams.fan_out(payload)
+                self.stats.emitted_tokens += self._streams.fan_out(payload, worker)
             except (msgspec.MsgspecError, ValueError) as error:
                 self.workers.kill(worker, f"it broke the protocol: {error}")
                 return
@@ -295,10 +274,13 @@ class Node:
 
     def down(self, worker: WorkerId, epoch: int, cause: str) -> None:
         """A worker's process is gone."""
-        self.stats.workers[worker].deaths += 1
-        self.stats.workers[worker].last_cause = cause
+        stats = self.stats.worker(worker)
+        stats.deaths += 1
+        stats.last_cause = cause
         log.error("worker has died", extra={"worker": worker, "epoch": epoch, "cause": cause})
         self._pump.post("node", WorkerDown(worker=worker, epoch=epoch, cause=cause))
+        while (frame := self.moves.next_frame()) is not None:  # nobody waits for the dead
+            self._hear(*frame)
 
     def stderr(self, worker: WorkerId, line: str) -> None:
         """A worker wrote a line to its standard error."""
@@ -311,14 +293,22 @@ class Node:
     def carry_out(self, output: Output, now: float) -> None:
         """Do what the Dispatcher said."""
         match output:
-            case Assign() | Pull():
+            case Assign():
                 self._assign(output, now)
-            case Abort() | Migrate() | Resume() | Release() | SetRole() | SetBudget():
+            case Pull():
+                self._pull(output, now)
+            case Migrate():
+                self.moves.migrating(output)
+                self.workers.send(output.worker, output)
+            case Resume():
+                self.moves.resuming(output)
+                self.workers.send(output.worker, output)
+            case Abort() | Release() | SetRole() | SetBudget():
                 self.workers.send(output.worker, output)
             case LoadWeights() | Park() | Wake():
                 self.workers.send(output.worker, output)
             case Reject():
-                self._rejected(output)
+                self._intake.rejected(output)
             case Degrade():
                 log.info("request is degraded", extra={"request": output.request_id})
             case Ended():
@@ -330,29 +320,49 @@ class Node:
                     "worker is quarantined",
                     extra={"worker": output.worker, "reason": output.reason},
                 )
-            case Answered() | Decided():
-                pass
+            case Answered():
+                self.asks.answered(output)
+            case Decided():
+                self.asks.decided(output)
             case never:
                 assert_never(never)
 
-    def _assign(self, command: Assign | Pull, now: float) -> None:
+    def _assign(self, command: Assign, now: float) -> None:
         request_id = command.request.id
+        self.moves.given_up(request_id)
         stream = self._streams.get(request_id)
         if stream is None or stream.num_emitted != command.emitted_tokens:
-            sent = None if stream is None else stream.num_emitted
-            log.error(
-                "tokens sent and tokens counted differ: the request is given up",
-                extra={"request": request_id, "sent": sent, "counted": command.emitted_tokens},
-            )
-            self._pump.post("node", Cancelled(request_id=request_id, kind=ErrorKind.INTERNAL))
+            self._miscounted(command, stream)
             return
         if command.emitted_tokens:
             self.stats.replaced += 1
         if self.dispatcher.view.workers[command.worker].assigned <= 1:
-            self.stats.workers[command.worker].moved_at = now
+            self.stats.worker(command.worker).moved_at = now
+        stream.worker = command.worker
         self.workers.send(command.worker, command, self._streams.payload(request_id))
 
+    def _pull(self, command: Pull, now: float) -> None:
+        """Tokens of this turn that the Dispatcher has not counted yet may be in the stream: the
+        target learns them from its source."""
+        request_id = command.request.id
+        stream = self._streams.get(request_id)
+        if stream is None or stream.num_emitted < command.emitted_tokens:
+            self._miscounted(command, stream)
+            return
+        self.moves.begun(command, now)
+        payload = self._streams.payload(request_id, emitted_tokens=command.emitted_tokens)
+        self.workers.send(command.worker, command, payload)
+
+    def _miscounted(self, command: Assign | Pull, stream: Stream | None) -> None:
+        request_id, sent = command.request.id, None if stream is None else stream.num_emitted
+        log.error(
+            "tokens sent and tokens counted differ: the request is given up",
+            extra={"request": request_id, "sent": sent, "counted": command.emitted_tokens},
+        )
+        self._pump.post("node", Cancelled(request_id=request_id, kind=ErrorKind.INTERNAL))
+
     def _ended(self, ended: Ended) -> None:
+        self.moves.given_up(ended.request_id)
         stream = self._streams.end(ended)
         if stream is None:
             return
@@ -361,53 +371,24 @@ class Node:
         self.stats.prompt_tokens += len(stream.prompt) // 4
         self.stats.cached_tokens += ended.cached_tokens
 
-    def _rejected(self, reject: Reject) -> None:
-        self.stats.rejected[reject.kind.value] += 1
-        request_id = reject.request_id
-        if request_id == self._submitting:
-            self._reject = reject
-            self._streams.forget(request_id)
-        else:
-            end = Ended(request_id=request_id, error=reject.kind, message=reject.reason)
-            self._streams.end(end)
-
     def _start_worker(self, worker: WorkerId, epoch: int) -> None:
-        self.stats.workers[worker].starts += 1
+        self.stats.worker(worker).starts += 1
         try:
             self.workers.start(worker, epoch)
         except (SlabError, OSError) as error:
             self._pump.post("node", WorkerDown(worker=worker, epoch=epoch, cause=str(error)))
 
     def note(self, message: Input, now: float) -> None:
-        """Keep the numbers that the node shows."""
+        """Keep what follows from a message that the Dispatcher has heard."""
+        self._books.note(message, now)
         match message:
-            case StepReported():
-                self.stats.workers[message.worker].stepped(message, now)
-                if self.stats.observe_step is not None:
-                    self.stats.observe_step(message.worker, message.elapsed, len(message.ids))
-            case Heartbeat():
-                stats = self.stats.workers[message.worker]
-                stats.beat(message)
-                if self.dispatcher.view.workers[message.worker].assigned == 0:
-                    stats.moved_at = now  # nothing to do is progress
-            case Preempted():
-                self.stats.workers[message.worker].preemptions += 1
-            case WeightsLoaded():
-                stats = self.stats.workers[message.worker]
-                stats.weights_source, stats.weights_seconds = message.source, message.seconds
-                self._milestone(f"worker {message.worker}: weights from {message.source}")
-            case WorkerDown():
-                self._watch_readiness(now)
+            case KvPulled():
+                owner = self.dispatcher.worker_of(message.request_id)
+                stream = self._streams.get(message.request_id)
+                if stream is not None and owner == message.worker:
+                    stream.worker = owner
             case WorkerUp():
-                self._watch_readiness(now)
-                self.stats.workers[message.worker].born(now)
-                self._milestone(f"worker {message.worker}: ready")
-                log.info("worker is ready", extra={"worker": message.worker})
-            case Refused(command="Start"):
-                log.error(
-                    "worker cannot start",
-                    extra={"worker": message.worker, "reason": message.reason},
-                )
+                self.workers.is_up(message.worker, message.epoch)
             case _:
                 pass
 
@@ -415,24 +396,12 @@ class Node:
 
     def _make_start(self, worker: WorkerId, epoch: int, *, load_weights: bool) -> WorkerStart:
         return self.settings.worker_start(
-            worker, epoch, hash_key=self.text.hash_key, load_weights=load_weights
+            self.specs[worker],
+            epoch,
+            role=self.dispatcher.view.workers[worker].role,
+            hash_key=self.text.hash_key,
+            load_weights=load_weights,
         )
-
-    def _offer(self, request: Request) -> Reject | None:
-        """Let the Dispatcher hear of a request; its refusal, None if it accepts."""
-        self._submitting, self._reject = request.id, None
-        self._pump.post("api", Arrived(request=request))
-        self._submitting = None
-        if self.broken:  # by a request of this submission: those after it are not heard any more
-            self._streams.end_all(ErrorKind.INTERNAL, self.broken)
-        return self._reject
-
-    def _take_back(self, ids: Sequence[RequestId]) -> None:
-        """Undo accepted answers of a submission whose later answer was refused; nobody hears of
-        it."""
-        for request_id in ids:
-            self._streams.forget(request_id)
-            self._pump.post("api", Cancelled(request_id=request_id))
 
     def _sink_broke(self, stream: Stream) -> None:
         self._pump.post("api", Cancelled(request_id=stream.id, kind=ErrorKind.INTERNAL))
@@ -441,6 +410,7 @@ class Node:
         """The scheduler failed: end everything loudly, serve nothing more."""
         self.broken = words
         self._streams.end_all(ErrorKind.INTERNAL, words)
+        self.asks.refuse(words)
         if self.failure is not None and not self.failure.done():
             self.failure.set_result(words)
 
@@ -457,19 +427,9 @@ class Node:
             if not future.done():
                 future.set_result(None)
 
-    def _num_in(self, state: WorkerState) -> int:
+    def _num_in(self, *states: WorkerState) -> int:
         views = self.dispatcher.view.workers.values()
-        return sum(view.state is state for view in views)
-
-    def _watch_readiness(self, now: float) -> None:
-        if self._num_in(WorkerState.READY):
-            self.unready_since = None
-        elif self.unready_since is None:
-            self.unready_since = now
-
-    def _milestone(self, words: str) -> None:
-        if len(self.timeline) < MAX_MILESTONES:
-            self.timeline.append((self._clock(), words))
+        return sum(view.state in states for view in views)
 
 
 def _make_info(settings: NodeSettings, *, vocab_size: int) -> NodeInfo:

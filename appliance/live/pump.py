@@ -59,6 +59,8 @@ class Pump:
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
+        self.failure = ""
+        """Why nothing is handled any more; empty while all is well."""
 
     def post(self, source: str, message: Input) -> None:
         """Hear a message: now, or after those that are being handled."""
@@ -102,7 +104,8 @@ class Pump:
         except Exception as error:
             log.exception("the scheduler failed")
             self.stop()
-            self._hands.failed(f"the scheduler failed: {error}")
+            self.failure = f"the scheduler failed: {error}"
+            self._hands.failed(self.failure)
         else:
             self._set_timer()
         self._hands.settled()

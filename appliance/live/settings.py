@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
 from appliance.core.start import WorkerStart
-from appliance.core.types import BatcherConfig, Record, WorkerId, WorkerSpec
+from appliance.core.types import BatcherConfig, Record, Role, WorkerSpec
 from appliance.live.holding import HoldSettings
 from appliance.live.workers import PoolPlan, WatchSettings
 
@@ -51,12 +51,12 @@ class NodeSettings(Record, frozen=True, kw_only=True):
     log_json: bool = False
 
     def worker_start(
-        self, worker: WorkerId, epoch: int, *, hash_key: bytes, load_weights: bool
+        self, spec: WorkerSpec, epoch: int, *, role: Role, hash_key: bytes, load_weights: bool
     ) -> WorkerStart:
-        """What this incarnation is told."""
-        spec = next(spec for spec in self.workers if spec.id == worker)
+        """What this incarnation is told. It begins with `role`, which may not be that of its
+        `spec` any more."""
         return WorkerStart(
-            worker=worker,
+            worker=spec.id,
             epoch=epoch,
             devices=spec.devices,
             engine=self.engine,
@@ -67,6 +67,7 @@ class NodeSettings(Record, frozen=True, kw_only=True):
             num_blocks=self.num_blocks,
             has_weights_fd=self.pool.weight_bytes > 0,
             load_weights=load_weights,
+            role=role,
             hash_key=hash_key,
             policy=self.policy,
             policy_settings=dict(self.policy_settings),

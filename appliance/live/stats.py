@@ -26,6 +26,8 @@ class WorkerStats:
         self.starts = 0
         self.deaths = 0
         self.preemptions = 0
+        self.flips = 0
+        """Changes of its role while it ran."""
         self.weights_source = ""
         self.weights_seconds = 0.0
         self.last_cause = ""
@@ -58,6 +60,7 @@ class NodeStats:
     """The whole node. `observe_step` may be set by whoever keeps histograms."""
 
     def __init__(self, workers: tuple[WorkerId, ...]) -> None:
+        """More workers may come later."""
         self.workers = {worker: WorkerStats() for worker in workers}
         self.submitted = 0
         """API requests that were accepted."""
@@ -75,3 +78,10 @@ class NodeStats:
         self.replaced = 0
         """Answers that went on at another worker or another life of theirs."""
         self.observe_step: StepObserver | None = None
+
+    def worker(self, worker: WorkerId) -> WorkerStats:
+        """The counters of this worker, from its first mention on."""
+        stats = self.workers.get(worker)
+        if stats is None:
+            stats = self.workers[worker] = WorkerStats()
+        return stats

@@ -26,7 +26,7 @@ import msgspec
 
 from appliance.core.messages import Ended
 from appliance.core.payload import Sampling, SequenceState, StepOutputs, TokenLogprobs
-from appliance.core.types import ErrorKind, RequestId
+from appliance.core.types import ErrorKind, RequestId, WorkerId
 from appliance.live.holding import Holding, HoldSettings
 from appliance.live.records import Delta, End, Sink, Ticket
 
@@ -43,7 +43,7 @@ class Stream:
 
     __slots__ = (
         "arrived", "begun", "bound", "cancelled", "due", "emitted", "id", "joined", "logprobs",
-        "prompt", "salt", "sampling", "sink", "text", "ticket", "tokens",
+        "prompt", "salt", "sampling", "sink", "text", "ticket", "tokens", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -83,18 +83,21 @@ class Stream:
         """When what waits must leave. This and the next mean something only under a hold."""
         self.arrived = 0.0
         """When the last token came."""
+        self.worker: WorkerId | None = None
+        """Whose tokens count."""
 
     @property
     def num_emitted(self) -> int:
         """Tokens so far."""
         return len(self.emitted)
 
-    def state(self) -> SequenceState:
-        """All that a worker needs to go on after the last emitted token."""
+    def state(self, emitted_tokens: int | None = None) -> SequenceState:
+        """All that a worker needs to go on after the first `emitted_tokens` (None: all) emitted
+        tokens."""
         return SequenceState(
             prompt=self.prompt,
             sampling=self.sampling,
-            emitted=self.emitted.tobytes(),
+            emitted=self.emitted[:emitted_tokens].tobytes(),
             salt=self.salt,
         )
 
@@ -157,15 +160,15 @@ class Streams:
         """Ids of all open streams."""
         return list(self._open)
 
-    def payload(self, request_id: RequestId) -> bytes:
-        """The encoded `SequenceState` of an open stream."""
-        return self._states.encode(self._open[request_id].state())
+    def payload(self, request_id: RequestId, *, emitted_tokens: int | None = None) -> bytes:
+        """The encoded `SequenceState` of an open stream (`Stream.state`)."""
+        return self._states.encode(self._open[request_id].state(emitted_tokens))
 
     # --- tokens ---------------------------------------------------------------------------------
 
-    def fan_out(self, payload: bytes) -> int:
+    def fan_out(self, payload: bytes, worker: WorkerId | None = None) -> int:
         """Book one step's `StepOutputs`, to be delivered in this turn of the loop (or later, under
-        a hold); the number of tokens.
+        a hold); the number of tokens. What `worker` says of a stream that is another's is dropped.
 
         Raises `msgspec.MsgspecError` or `ValueError` when the payload is not `StepOutputs` with
         columns of one length; then nothing is booked."""
@@ -174,19 +177,19 @@ class Streams:
         columns = (outputs.tokens, outputs.texts, ids if logprobs is None else logprobs)
         if any(len(column) != len(ids) for column in columns):
             raise ValueError("the columns of a step's outputs differ in length")
-        num_tokens = self._book(outputs)
+        num_tokens = self._book(outputs, worker)
         if self._ready:
             self._flush_soon()
         return num_tokens
 
-    def _book(self, outputs: StepOutputs) -> int:
+    def _book(self, outputs: StepOutputs, worker: WorkerId | None) -> int:
         hold, get, ready = self.holding.seconds, self._open.get, self._ready
         texts, all_tokens, logprobs = outputs.texts, outputs.tokens, outputs.logprobs
         now = self._clock() if hold else 0.0
         num_tokens = 0
         for index, request_id in enumerate(outputs.ids):
             stream = get(request_id)
-            if stream is None or stream.cancelled:
+            if stream is None or stream.cancelled or stream.worker != worker:
                 continue
             tokens = all_tokens[index]
             stream.emitted.extend(tokens)

@@ -4,7 +4,7 @@ The Dispatcher decides when a worker starts; here it is done. The first worker f
 weight slab from disk while the others wait: a fork takes milliseconds, a second read of the
 checkpoint does not. If the loader dies half-way, the slab is thrown away and another worker
 loads. Every worker keeps its own KV slab over all its lives; one whose last process could not be
-confirmed dead gets a new one.
+confirmed dead gets a new one. Whoever is up is introduced to its peers (`appliance.live.links`).
 
 The watch looks at every channel that has been silent for `silence_seconds`: a stopped process
 (state T in /proc) is killed, then its death is reported and its requests move; any other one is
@@ -18,11 +18,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from appliance.core.kv_layout import index_offset, pool_bytes
 from appliance.core.messages import Command, Report, WeightsLoaded
 from appliance.core.start import WorkerStart
 from appliance.core.types import Record, WorkerId
 from appliance.core.wire import command_codec, report_codec
 from appliance.live.incarnation import Codecs, Death, Incarnation
+from appliance.live.links import Links, PoolShape
 from appliance.live.slabs import Slab, SlabError
 from appliance.live.spawner import Spawner
 
@@ -48,7 +50,14 @@ class PoolPlan(Record, frozen=True, kw_only=True):
     entry: str
     """`module:function` that a new process calls with its channel."""
     weight_bytes: int
-    kv_bytes: int
+    num_blocks: int
+    """Usable KV blocks of each worker."""
+    block_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of one worker's KV slab, its index included."""
+        return pool_bytes(num_blocks=self.num_blocks, block_bytes=self.block_bytes)
 
 
 class WorkerEvents(Protocol):
@@ -92,6 +101,13 @@ class Workers:
         self._codecs = Codecs(commands=command_codec(), reports=report_codec())
         self._living: dict[WorkerId, Incarnation] = {}
         self._kv: dict[WorkerId, Slab] = {}
+        self._links = Links(
+            PoolShape(
+                num_blocks=plan.num_blocks,
+                block_bytes=plan.block_bytes,
+                index_offset=index_offset(num_blocks=plan.num_blocks, block_bytes=plan.block_bytes),
+            )
+        )
         self._weights: Slab | None = None
         self._weights_complete = plan.weight_bytes == 0
         self._loader: Incarnation | None = None
@@ -142,6 +158,12 @@ class Workers:
         if life is not None:
             life.send(command, payload)
 
+    def is_up(self, worker: WorkerId, epoch: int) -> None:
+        """This incarnation serves: introduce it to its peers."""
+        life = self._living.get(worker)
+        if life is not None and life.start.epoch == epoch:
+            self._links.up(worker, self._kv_slab(worker).fd)
+
     def kill(self, worker: WorkerId, reason: str) -> None:
         """SIGKILL the worker's process and hear nothing more of it."""
         life = self._living.get(worker)
@@ -164,6 +186,7 @@ class Workers:
                 life.kill("it did not end in time")
             if self._living:
                 await self._all_gone
+        self._links.close()
         for slab in self._kv.values():
             slab.close()
         if self._weights is not None:
@@ -183,8 +206,13 @@ class Workers:
             on_stderr=lambda life, line: self._events.stderr(life.start.worker, line),
             on_death=self._died,
         )
-        fds = [slab.fd for slab in slabs if slab is not None]
-        life.launch(self._spawner, entry=self._plan.entry, fds=fds)
+        with self._links.open(worker, epoch) as links:
+            fds = [slab.fd for slab in slabs if slab is not None]
+            try:
+                life.launch(self._spawner, entry=self._plan.entry, fds=[*fds, links.fileno()])
+            except OSError:
+                self._links.down(worker)
+                raise
         self._living[worker] = life  # only now: a launch that failed leaves nothing behind
         if load:
             self._loader = life
@@ -218,6 +246,7 @@ class Workers:
     def _died(self, life: Incarnation, death: Death) -> None:
         worker, epoch = life.start.worker, life.start.epoch
         del self._living[worker]
+        self._links.down(worker)
         if not death.confirmed and (slab := self._kv.pop(worker, None)) is not None:
             slab.close()
         if life is self._loader:

@@ -173,7 +173,7 @@ def open_engine(
     to wait. The descriptors are closed: the engine has mapped what is behind them.
 
     Raises `ValueError` for an unknown engine, and what the engine raises."""
-    *weights, kv_fd = fds
+    weights, kv_fd = fds[: start.has_weights_fd], fds[start.has_weights_fd]
     try:
         match start.engine:
             case "paced":

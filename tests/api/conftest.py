@@ -35,7 +35,7 @@ from appliance.live.workers import PoolPlan
 from appliance.policy import make_policy
 from appliance.startup import Machine, make_plan
 from appliance.wiring import node_settings as node_settings_of
-from appliance.worker.profiles import paced_kv_slab_bytes
+from appliance.worker.profiles import KV_SLOT_BYTES
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-tasks"
@@ -66,7 +66,8 @@ def node_settings(**changes: Any) -> NodeSettings:
         pool=PoolPlan(
             entry="appliance.worker.main:run",
             weight_bytes=0,
-            kv_bytes=paced_kv_slab_bytes(num_blocks=num_blocks, block_tokens=BLOCK_TOKENS),
+            num_blocks=num_blocks,
+            block_bytes=KV_SLOT_BYTES * BLOCK_TOKENS,
         ),
         batcher=BatcherConfig(max_model_len=max_model_len, **batcher),
         block_tokens=BLOCK_TOKENS,

@@ -12,7 +12,7 @@ import msgspec
 
 from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
-from appliance.core.model_shape import kv_slab_bytes, slab_bytes
+from appliance.core.model_shape import slab_bytes
 from appliance.core.payload import Sampling
 from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, WorkerId, WorkerSpec
@@ -25,7 +25,7 @@ from appliance.live.spawner import Spawner
 from appliance.live.tokenise import TextService, TextSettings
 from appliance.live.workers import PoolPlan
 from appliance.policy import make_policy
-from appliance.worker.profiles import paced_kv_slab_bytes
+from appliance.worker.profiles import KV_SLOT_BYTES
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-tasks"
 ENTRY = "appliance.worker.main:run"
@@ -80,10 +80,10 @@ def make_settings(
     """Settings of a node that checks the laws, with quick respawns and a quick watch."""
     checkpoint = open_checkpoint(MODEL)
     torch = engine == "torch"
-    kv_bytes = (
-        kv_slab_bytes(checkpoint.shape, "float32", num_blocks=num_blocks, block_tokens=BLOCK_TOKENS)
+    block_bytes = (
+        checkpoint.shape.kv_block_bytes("float32", block_tokens=BLOCK_TOKENS)
         if torch
-        else paced_kv_slab_bytes(num_blocks=num_blocks, block_tokens=BLOCK_TOKENS)
+        else KV_SLOT_BYTES * BLOCK_TOKENS
     )
     weight_bytes = slab_bytes(checkpoint.shape, "float32") if torch else 0
     settings = NodeSettings(
@@ -98,7 +98,12 @@ def make_settings(
             for index in range(num_workers)
         ),
         engine=engine,
-        pool=PoolPlan(entry=entry, weight_bytes=weight_bytes, kv_bytes=kv_bytes),
+        pool=PoolPlan(
+            entry=entry,
+            weight_bytes=weight_bytes,
+            num_blocks=num_blocks,
+            block_bytes=block_bytes,
+        ),
         batcher=BatcherConfig(
             max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batch_tokens=256
         ),

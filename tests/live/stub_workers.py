@@ -99,8 +99,9 @@ def never_ends(sock: socket.socket) -> None:
 def counts_lives(sock: socket.socket) -> None:
     """Adds one to the first byte of its KV slab and shows it as the step of a heartbeat."""
     start, fds = begin(sock)
-    life = os.pread(fds[-1], 1, 0)[0] + 1
-    os.pwrite(fds[-1], bytes([life]), 0)
+    pool = fds[start.has_weights_fd]
+    life = os.pread(pool, 1, 0)[0] + 1
+    os.pwrite(pool, bytes([life]), 0)
     say(sock, Heartbeat(worker=start.worker, step=life))
     while sock.recv(4096):
         pass

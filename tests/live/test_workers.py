@@ -11,11 +11,11 @@ import pytest
 
 from appliance.core.messages import Heartbeat, Report, WorkerUp
 from appliance.core.start import WorkerStart
-from appliance.core.types import WorkerId
+from appliance.core.types import Role, WorkerId
 from appliance.live.incarnation import MAX_LINE_BYTES, Incarnation
 from appliance.live.settings import NodeSettings
 from appliance.live.spawner import Spawner
-from appliance.live.workers import PoolPlan, WatchSettings, Workers
+from appliance.live.workers import WatchSettings, Workers
 from tests.live.node_kit import greedy, make_settings, running, submit, until
 
 pytestmark = pytest.mark.procs
@@ -61,12 +61,19 @@ async def pool(stub: str, **watch: float) -> AsyncIterator[tuple[Workers, Listen
     settings = settings_for(stub)
 
     def make_start(worker: WorkerId, epoch: int, *, load_weights: bool) -> WorkerStart:
-        return settings.worker_start(worker, epoch, hash_key=b"k" * 16, load_weights=load_weights)
+        del worker
+        return settings.worker_start(
+            settings.workers[0],
+            epoch,
+            role=Role.MIXED,
+            hash_key=b"k" * 16,
+            load_weights=load_weights,
+        )
 
     loop, listener = asyncio.get_running_loop(), Listener()
     spawner = Spawner(["appliance.worker.channel", "tests.live.stub_workers"])
     spawner.attach(loop, lambda: None)
-    plan = PoolPlan(entry=settings.pool.entry, weight_bytes=0, kv_bytes=settings.pool.kv_bytes)
+    plan = msgspec.structs.replace(settings.pool, weight_bytes=0)
     workers = Workers(
         plan,
         spawner,

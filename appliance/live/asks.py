@@ -1,0 +1,108 @@
+"""What operators have asked of the node and not heard of yet, and why the node decided what it
+did.
+
+An ask has a number; the Dispatcher answers each one once. Whoever asked may have gone meanwhile,
+and what was begun for them goes on.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from appliance.core.asks import (
+    Answered,
+    Decided,
+    Outcome,
+    ParkAsked,
+    RolesAsked,
+    WakeAsked,
+    WorkerAsked,
+)
+from appliance.core.types import Role, WorkerId, WorkerSpec
+
+Ask = RolesAsked | ParkAsked | WakeAsked | WorkerAsked
+MAX_DECISIONS = 1000
+
+
+class Asks:
+    """Open asks, and the last decisions."""
+
+    def __init__(self, post: Callable[[Ask], None], *, specs: dict[WorkerId, WorkerSpec]) -> None:
+        """`post` lets the Dispatcher hear an ask. A worker that is asked for is put into `specs`
+        before."""
+        self._post = post
+        self._specs = specs
+        self._next = 1
+        self._open: dict[int, asyncio.Future[Answered]] = {}
+        self._decisions: OrderedDict[int, Decided] = OrderedDict()
+        self._refusal = ""
+        """Why nothing can be asked any more."""
+
+    # --- asking --------------------------------------------------------------------------------
+
+    async def roles(self, roles: Sequence[tuple[WorkerId, Role]]) -> Answered:
+        """Let these workers take these roles, all or none; returns when they serve so, or when the
+        old roles are back."""
+        pairs = tuple(roles)
+        return await self._ask(lambda ask: RolesAsked(ask=ask, roles=pairs))
+
+    async def park(self, worker: WorkerId) -> Answered:
+        """Take a worker out of service, its process kept."""
+        return await self._ask(lambda ask: ParkAsked(ask=ask, worker=worker))
+
+    async def wake(self, worker: WorkerId) -> Answered:
+        """Put a parked worker back in service."""
+        return await self._ask(lambda ask: WakeAsked(ask=ask, worker=worker))
+
+    async def worker(
+        self, devices: tuple[str, ...], *, role: Role = Role.MIXED, parked: bool = False
+    ) -> tuple[WorkerId, Answered]:
+        """Add a worker on these devices; returns when it serves (or stands by), or cannot."""
+        worker = WorkerId(max(self._specs) + 1)
+        spec = WorkerSpec(id=worker, devices=devices, role=role, parked=parked)
+        if not self._refusal:
+            self._specs[worker] = spec
+        return worker, await self._ask(lambda ask: WorkerAsked(ask=ask, spec=spec))
+
+    async def _ask(self, make: Callable[[int], Ask]) -> Answered:
+        number = self._next
+        self._next += 1
+        if self._refusal:
+            return _refused(number, self._refusal)
+        future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        self._open[number] = future
+        try:
+            self._post(make(number))
+            return await future
+        finally:
+            self._open.pop(number, None)
+
+    # --- what the Dispatcher says --------------------------------------------------------------
+
+    def answered(self, answer: Answered) -> None:
+        """The Dispatcher has answered; nobody may wait for it any more."""
+        future = self._open.get(answer.ask)
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    def decided(self, decision: Decided) -> None:
+        """Keep a decision; one that is known is replaced where it stands."""
+        self._decisions[decision.decision] = decision
+        if len(self._decisions) > MAX_DECISIONS:
+            self._decisions.popitem(last=False)
+
+    def decisions(self, limit: int) -> list[Decided]:
+        """The last `limit` decisions, newest first."""
+        return list(islice(reversed(self._decisions.values()), limit))
+
+    def refuse(self, reason: str) -> None:
+        """Nothing more will be answered: refuse what is open and what will come."""
+        self._refusal = reason
+        for number, future in self._open.items():
+            if not future.done():
+                future.set_result(_refused(number, reason))
+
+
+def _refused(ask: int, reason: str) -> Answered:
+    return Answered(ask=ask, outcome=Outcome.REFUSED, seconds=0.0, reason=reason)
