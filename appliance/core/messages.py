@@ -320,11 +320,17 @@ class RoleChanged(Tagged, frozen=True, kw_only=True):
 
 
 class WeightsLoaded(Tagged, frozen=True, kw_only=True):
-    """The weights are in place; `source` says where they came from ("slab", "disk", "peer:N")."""
+    """The weights are in place; `source` says where they came from: "slab" (it was complete and is
+    mapped), "peer:N", "host" (the node's slab), "disk". `num_bytes` were moved in `seconds`; `notes`
+    say why each better source was not used."""
 
     worker: WorkerId
     source: str
     seconds: float
+    num_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    fingerprint: str = ""
+    """Of the files that the weights were read from."""
 
 
 class Heartbeat(Tagged, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from appliance.core.wire import FrameBuffer, command_codec, report_codec
 RECEIVE_BYTES = 1 << 18
 _LENGTH = struct.Struct("<I")
 _MAX_START_BYTES = 1 << 24
+_MAX_FDS = 16
 _GONE = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -179,10 +180,10 @@ class Heart(threading.Thread):
 
 
 def receive_start(sock: socket.socket) -> tuple[WorkerStart, list[int]]:
-    """Read the start record and the descriptors beside it (weight slab if any, KV pool, links
-    channel if any), waiting for them. Nothing behind the record is consumed. Raises `NodeGone` or
-    `ValueError`."""
-    head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, 3)
+    """Read the start record and the descriptors beside it (weight slab if any, slabs that it may be
+    copied from, KV pool, links channel if any), waiting for them. Nothing behind the record is
+    consumed. Raises `NodeGone` or `ValueError`."""
+    head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FDS)
     for fd in fds:
         os.set_inheritable(fd, False)
     head += _receive_exactly(sock, _LENGTH.size - len(head))
@@ -190,7 +191,7 @@ def receive_start(sock: socket.socket) -> tuple[WorkerStart, list[int]]:
     if size > _MAX_START_BYTES:
         raise ValueError(f"start record of {size} bytes is over the limit of {_MAX_START_BYTES}")
     start = msgspec.msgpack.decode(_receive_exactly(sock, size), type=WorkerStart)
-    expected = 1 + start.has_weights_fd
+    expected = 1 + start.has_weights_fd + len(start.weights.sources)
     if len(fds) not in (expected, expected + 1):
         for fd in fds:
             os.close(fd)
