@@ -127,7 +127,7 @@ class WeightSlabs:
         return True
 
     def died(self, worker: WorkerId, *, confirmed: bool) -> bool:
-        """An incarnation is gone; True if it was filling the node's slab, which is thrown away then.
+        """An incarnation is gone; True if it was filling the node's slab: that is thrown away.
 
         Not `confirmed`: it may still write, so nobody shall read its slab any more."""
         self._reading.pop(worker, None)
