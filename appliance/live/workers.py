@@ -3,8 +3,9 @@
 The Dispatcher decides when a worker starts; here it is done. The first worker fills the node's
 weight slab from disk while the others wait: a fork takes milliseconds, a second read of the
 checkpoint does not. If the loader dies half-way, the slab is thrown away and another worker
-loads. Every worker keeps its own KV slab over all its lives; one whose last process could not be
-confirmed dead gets a new one. Whoever is up is introduced to its peers (`appliance.live.links`).
+loads (`appliance.live.weight_slabs`). Every worker keeps its own KV slab over all its lives; one
+whose last process could not be confirmed dead gets a new one. Whoever is up is introduced to its
+peers (`appliance.live.links`).
 
 The watch looks at every channel that has been silent for `silence_seconds`: a stopped process
 (state T in /proc) is killed, then its death is reported and its requests move; any other one is
@@ -18,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from appliance.core.kv_layout import index_offset, pool_bytes
 from appliance.core.messages import Command, Report, WeightsLoaded
 from appliance.core.start import WorkerStart
@@ -27,6 +30,7 @@ from appliance.live.incarnation import Codecs, Death, Incarnation
 from appliance.live.links import Links, PoolShape
 from appliance.live.slabs import Slab, SlabError
 from appliance.live.spawner import Spawner
+from appliance.live.weight_slabs import WeightSettings, WeightSlabs
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class PoolPlan(Record, frozen=True, kw_only=True):
     num_blocks: int
     """Usable KV blocks of each worker."""
     block_bytes: int
+    weights: WeightSettings = WeightSettings()
 
     @property
     def kv_bytes(self) -> int:
@@ -91,7 +96,9 @@ class Workers:
         events: WorkerEvents,
         watch: WatchSettings,
         clock: Callable[[], float],
+        busy: Callable[[WorkerId], float] = lambda _: 0.0,
     ) -> None:
+        """`busy` is how much work a worker has: weights are copied from the one with the least."""
         self._plan = plan
         self._spawner = spawner
         self._make_start = make_start
@@ -108,9 +115,7 @@ class Workers:
                 index_offset=index_offset(num_blocks=plan.num_blocks, block_bytes=plan.block_bytes),
             )
         )
-        self._weights: Slab | None = None
-        self._weights_complete = plan.weight_bytes == 0
-        self._loader: Incarnation | None = None
+        self._weights = WeightSlabs(plan.weight_bytes, settings=plan.weights, busy=busy)
         self._held: list[tuple[WorkerId, int]] = []
         """Starts that wait for the weights."""
         self._closing = False
@@ -147,7 +152,7 @@ class Workers:
         death."""
         if self._closing:
             return
-        if not self._weights_complete and self._loader is not None:
+        if self._weights.is_loading:
             self._held.append((worker, epoch))
             return
         self._launch(worker, epoch)
@@ -189,15 +194,15 @@ class Workers:
         self._links.close()
         for slab in self._kv.values():
             slab.close()
-        if self._weights is not None:
-            self._weights.close()
+        self._weights.close()
 
     # --- life ----------------------------------------------------------------------------------
 
     def _launch(self, worker: WorkerId, epoch: int) -> None:
-        load = not self._weights_complete
-        start = self._make_start(worker, epoch, load_weights=load)
-        slabs = (self._weight_slab(), self._kv_slab(worker))
+        grant = self._weights.grant(worker)
+        start = self._make_start(worker, epoch, load_weights=grant.load)
+        start = msgspec.structs.replace(start, weights=grant.plan)
+        kv = self._kv_slab(worker)
         life = Incarnation(
             start,
             codecs=self._codecs,
@@ -207,20 +212,14 @@ class Workers:
             on_death=self._died,
         )
         with self._links.open(worker, epoch) as links:
-            fds = [slab.fd for slab in slabs if slab is not None]
+            fds = [*grant.fds, kv.fd, links.fileno()]
             try:
-                life.launch(self._spawner, entry=self._plan.entry, fds=[*fds, links.fileno()])
+                life.launch(self._spawner, entry=self._plan.entry, fds=fds)
             except OSError:
                 self._links.down(worker)
                 raise
         self._living[worker] = life  # only now: a launch that failed leaves nothing behind
-        if load:
-            self._loader = life
-
-    def _weight_slab(self) -> Slab | None:
-        if self._plan.weight_bytes and self._weights is None:
-            self._weights = Slab("appliance-weights", self._plan.weight_bytes)
-        return self._weights
+        self._weights.started(worker, grant)
 
     def _kv_slab(self, worker: WorkerId) -> Slab:
         slab = self._kv.get(worker)
@@ -229,11 +228,11 @@ class Workers:
         return slab
 
     def _frame(self, life: Incarnation, reports: list[Report], payload: bytes) -> None:
-        if life is self._loader and any(isinstance(report, WeightsLoaded) for report in reports):
-            self._weights_complete = True
-            self._loader = None
-            self._start_held()
-        self._events.frame(life.start.worker, reports, payload)
+        worker = life.start.worker
+        for report in reports:
+            if isinstance(report, WeightsLoaded) and self._weights.loaded(worker, report):
+                self._start_held()
+        self._events.frame(worker, reports, payload)
 
     def _start_held(self) -> None:
         held, self._held = self._held, []
@@ -249,11 +248,7 @@ class Workers:
         self._links.down(worker)
         if not death.confirmed and (slab := self._kv.pop(worker, None)) is not None:
             slab.close()
-        if life is self._loader:
-            self._loader = None
-            if self._weights is not None:
-                self._weights.close()
-                self._weights = None
+        if self._weights.died(worker, confirmed=death.confirmed):
             self._start_held()
         if not self._closing:
             self._events.down(worker, epoch, death.cause)
