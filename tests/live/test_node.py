@@ -286,7 +286,7 @@ async def test_the_timeline_of_a_start_names_its_milestones() -> None:
     async with running(make_settings(num_workers=1)) as node:
         words = [words for _, words in node.timeline]
         assert words[0] == "imports done"
-        assert words[-1] == "worker 0: ready"
+        assert words[-1] == "worker 0: ready, role mixed"
         times = [at for at, _ in node.timeline]
         assert times == sorted(times)
 
