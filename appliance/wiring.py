@@ -11,7 +11,8 @@ from pathlib import Path
 from appliance import __version__
 from appliance.api.limits import KeyLimits
 from appliance.api.settings import ApiKey, ApiSettings, ConnectionLimits
-from appliance.config import Config, KeySection, LimitsSection, SloSection
+from appliance.config import Config
+from appliance.config_sections import KeySection, LimitsSection, SloSection
 from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
 from appliance.core.types import Slo
@@ -47,6 +48,7 @@ def build_node(
             block_tokens=config.kv.block_tokens,
             hash_key=os.urandom(32),
             prefix_cache=config.kv.prefix_cache,
+            max_pending_bytes=config.limits.max_tokenising_bytes,
         ),
     )
     return Node(
@@ -70,6 +72,9 @@ def dispatcher_config(plan: Plan) -> DispatcherConfig:
         respawn_backoff_max=workers.respawn_backoff_max_ms / 1000,
         quarantine_deaths=workers.quarantine_deaths,
         poison_deaths=workers.poison_deaths,
+        trial_steps=workers.trial_steps,
+        max_trials=workers.max_trials,
+        spared_deaths=workers.spared_deaths,
     )
 
 
@@ -175,6 +180,7 @@ def slo_class(name: str, section: SloSection) -> Slo:
         class_name=name,
         ttft=section.ttft_ms / 1000 or None,
         tpot=section.tpot_ms / 1000 or None,
+        e2e=section.e2e_ms / 1000 or None,
         weight=section.weight,
     )
 
