@@ -30,10 +30,13 @@ from appliance.config_sections import (
     ModelSection,
     PolicySection,
     QueueSection,
+    RolesSection,
     Section,
     ServerSection,
     SloSection,
+    StandbySection,
     StreamSection,
+    TransferSection,
     WorkersSection,
 )
 from appliance.config_words import expected_words
@@ -56,6 +59,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     policy: PolicySection = PolicySection()
     queue: QueueSection = QueueSection()
     workers: WorkersSection = WorkersSection()
+    roles: RolesSection = RolesSection()
+    transfer: TransferSection = TransferSection()
+    standby: StandbySection = StandbySection()
     stream: StreamSection = StreamSection()
     limits: LimitsSection = LimitsSection()
     cors: CorsSection = CorsSection()

@@ -99,6 +99,31 @@ class WorkersSection(Section, frozen=True, kw_only=True):
     spared_deaths: Count = 2
 
 
+class RolesSection(Section, frozen=True, kw_only=True):
+    """Which worker prefers which phase, and how that changes."""
+
+    initial: str = "mixed"
+    controller: Literal["auto", "on", "off"] = "auto"
+    settings: dict[str, Setting] = {}
+    drain_seconds: Seconds = 2.0
+    flip_seconds: Annotated[float, Meta(gt=0)] = 5.0
+    park_seconds: Annotated[float, Meta(gt=0)] = 30.0
+
+
+class TransferSection(Section, frozen=True, kw_only=True):
+    """How KV moves between workers."""
+
+    lease_seconds: Annotated[float, Meta(gt=0)] = 10.0
+    prefix_pull: bool = True
+    pull_gain: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+
+class StandbySection(Section, frozen=True, kw_only=True):
+    """Workers that are started and wait."""
+
+    workers: Annotated[int, Meta(ge=0, le=64)] = 0
+
+
 class StreamSection(Section, frozen=True, kw_only=True):
     """When tokens of an answer leave together instead of one by one."""
 

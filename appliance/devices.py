@@ -33,6 +33,10 @@ class DevicePlan(Record, frozen=True, kw_only=True):
         """The engine's name in a `WorkerStart`."""
         return "paced" if self.kind == "paced" else "torch"
 
+    def device_of(self, index: int) -> str:
+        """The device of a further worker of this kind."""
+        return f"paced:{index}" if self.kind == "paced" else "cpu"
+
 
 def plan_devices(spec: str, *, cores: int, count_gpus: Callable[[], int]) -> DevicePlan:
     """The workers that `spec` asks for. `count_gpus` is called only if the answer depends on it.

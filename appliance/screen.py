@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from appliance import __version__
+from appliance.staff import has_controller
 from appliance.startup import Plan, shown_bytes
 from appliance.worker.profiles import device_profile
 
@@ -29,6 +30,13 @@ class Screen:
         self._console.print("  [cyan]timeline[/cyan]  seconds since the process was created")
         for name, seconds in stages:
             self._console.print(f"  {'':9} [bold]{seconds:5.2f}[/bold]  {escape(name)}")
+
+    def links(self, lines: Sequence[str], *, missing: Sequence[str]) -> None:
+        """What came of the probes; `missing` in words."""
+        for line in lines:
+            self._console.print(f"  [cyan]link[/cyan]      {escape(line)}")
+        for line in missing:
+            self._console.print(f"  [bold red]no link[/bold red]   {escape(line)}")
 
     def address(self, *, url: str, model: str, needs_key: bool) -> None:
         """Where the server is, and a request to paste."""
@@ -60,9 +68,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.devices.kind == "paced":
         profile = device_profile(plan.devices.profile)
         yield "profile", f"{profile.name}: {profile.note}; tokens are drawn, not computed"
-    roles = ", ".join(f"{worker.id} {worker.role}" for worker in workers)
-    yield "roles", roles
-    yield "links", "node to worker: Unix socket; weights and KV: shared memory; no KV moves yet"
+    yield "roles", _roles(plan)
+    if len(workers) > 1:
+        yield "links", "between all workers, probed when they are up (below)"
     yield "memory", _memory(plan)
     tokens = plan.num_blocks * plan.config.kv.block_tokens
     yield (
@@ -77,6 +85,13 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     for note in plan.notes:
         yield "note", note
+
+
+def _roles(plan: Plan) -> str:
+    workers = plan.devices.workers
+    words = [f"{worker.id} {'standby' if worker.parked else worker.role}" for worker in workers]
+    by_itself = "changes them" if has_controller(plan.config) else "is off"
+    return f"{', '.join(words)}; the controller {by_itself}"
 
 
 def _memory(plan: Plan) -> str:

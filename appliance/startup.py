@@ -26,6 +26,7 @@ from appliance.core.types import BatcherConfig, Record
 from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
+from appliance.staff import notes_on_roles, staffed
 from appliance.worker.profiles import KV_SLOT_BYTES, device_profile
 
 AUTO_KV_BYTES = 256 * 1024**2
@@ -76,6 +77,7 @@ class Plan(Record, frozen=True, kw_only=True):
 
 def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
     """Read the checkpoint and do the arithmetic. Raises `ConfigError` or `CheckpointError`."""
+    devices = staffed(devices, config)
     checkpoint = open_checkpoint(find_model(config.model.path, bundled=bundled_models()))
     dtype = _dtype(config)
     fixed = _fixed_memory(config, devices, checkpoint=checkpoint, dtype=dtype)
@@ -89,6 +91,7 @@ def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
     except PolicySettingsError as error:
         raise ConfigError(f"policy.name or policy.settings: {error}") from error
     notes = [devices.why] if devices.why else []
+    notes += notes_on_roles(devices.workers)
     if config.model.max_model_len == "auto" and max_model_len < checkpoint.shape.max_positions:
         notes.append(
             f"model.max_model_len: auto is {max_model_len}, what the KV memory of a worker holds; "
