@@ -88,7 +88,7 @@ def test_the_example_of_a_key_says_the_defaults() -> None:
 
 def test_every_duration_and_size_names_its_unit() -> None:
     units = ("_ms", "_seconds", "_bytes", "_tokens", "_records", "_requests", "_deaths", "_seqs")
-    units += ("_messages", "_answers", "_strings", "_chars", "_headers", "_connections")
+    units += ("_messages", "_answers", "_strings", "_chars", "_headers", "_connections", "_trials")
     unitless = {
         field: key
         for key in all_keys()

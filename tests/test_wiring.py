@@ -37,6 +37,9 @@ CONFIGURED = {
         "respawn_backoff_max_ms": 2000,
         "quarantine_deaths": 4,
         "poison_deaths": 5,
+        "trial_steps": 6,
+        "max_trials": 7,
+        "spared_deaths": 0,
     },
     "limits": {
         "max_prompt_tokens": 100,
@@ -48,12 +51,13 @@ CONFIGURED = {
         "max_headers": 20,
         "max_connections": 9,
         "max_receiving_bytes": "1MiB",
+        "max_tokenising_bytes": "3MiB",
         "receive_seconds": 10,
         "idle_seconds": 11,
         "stuck_seconds": 12,
     },
     "cors": {"origins": ["https://chat.example"]},
-    "slo.chat": {"ttft_ms": 200, "tpot_ms": 0, "weight": 2},
+    "slo.chat": {"ttft_ms": 200, "tpot_ms": 0, "e2e_ms": 9000, "weight": 2},
     "log": {"format": "json", "level": "debug"},
     "journal": {"ring_records": 77, "check_laws": True},
 }
@@ -91,6 +95,7 @@ def test_bounds_of_the_scheduler_arrive() -> None:
     assert (found.max_queue, found.max_queue_tokens) == (11, 222)
     assert (found.respawn_backoff, found.respawn_backoff_max) == (0.05, 2.0)
     assert (found.quarantine_deaths, found.poison_deaths) == (4, 5)
+    assert (found.trial_steps, found.max_trials, found.spared_deaths) == (6, 7, 0)
 
 
 def test_classes_arrive_in_seconds_and_zero_is_no_target() -> None:
@@ -100,6 +105,7 @@ def test_classes_arrive_in_seconds_and_zero_is_no_target() -> None:
     assert (found.tool_format, found.reasoning) == ("hermes", "none")
     chat, default = found.slo_classes["chat"], found.slo_classes["default"]
     assert (chat.class_name, chat.ttft, chat.tpot, chat.weight) == ("chat", 0.2, None, 2.0)
+    assert (chat.e2e, default.e2e) == (9.0, None)
     assert (default.class_name, default.ttft, default.tpot) == ("default", None, None)
 
 

@@ -14,7 +14,7 @@ from appliance.api.connection import ConnectionRunner
 from appliance.api.context import CONTEXT, REQUEST_ID, Context, Names, stamp
 from appliance.api.cors import CORS, Cors, preflights
 from appliance.api.decode import RECEIVING, BodyDecoder, Receiving, too_large
-from appliance.api.errors import STATUS, ApiError, shown
+from appliance.api.errors import STATUS, ApiError, error_of, shown
 from appliance.api.grammars import DESK, GrammarDesk
 from appliance.api.messages import handler as messages
 from appliance.api.messages.errors import response as anthropic_error
@@ -34,6 +34,7 @@ from appliance.api.settings import ApiSettings
 from appliance.api.speech import SPEECH, speech_of
 from appliance.core.types import ErrorKind
 from appliance.live.node import Node
+from appliance.live.tokenise import TooBusy
 
 logger = logging.getLogger(__name__)
 ANTHROPIC = "/v1/messages"
@@ -108,6 +109,10 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         response = _worded(request, error)
     except web.HTTPException as error:
         response = _worded(request, _routing_error(request, error))
+    except TooBusy as error:
+        words = f"{str(error).capitalize()} (limits.max_tokenising_bytes); try again."
+        busy = error_of(ErrorKind.QUEUE_FULL, words, retry_after=error.retry_after)
+        response = _worded(request, busy)
     except ConnectionError:  # the client has gone in mid-answer: counted, and said to nobody
         response = web.Response(status=STATUS[ErrorKind.CANCELLED])
     except Exception:

@@ -6,7 +6,7 @@ from appliance.api.chat_parts import PartsDialect
 from appliance.api.constraints import settled
 from appliance.api.context import CONTEXT, new_id
 from appliance.api.conversation import Conversation, prepare
-from appliance.api.decode import BodyDecoder, decode_beside, read_body
+from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
 from appliance.api.dialect import Dialect, PlainDialect
 from appliance.api.errors import ApiError, shown
 from appliance.api.generate import ignored_header, serve, unused_fields
@@ -32,11 +32,12 @@ async def handle(request: web.Request) -> web.StreamResponse:
         raise invalid("add_special_tokens", "must be false: the chat template writes them.")
     speech = request.app[SPEECH]
     plan = plan_for(request, body)
+    conversation = await beside(context.node.text, len(raw), lambda: conversation_of(body, speech))
     form = await settled(
         request.app[DESK],
         body,
         plan=plan,
-        conversation=conversation_of(body, speech),
+        conversation=conversation,
         speech=speech,
     )
     job, reading = await prepare(

@@ -7,13 +7,13 @@ import msgspec
 from aiohttp import web
 
 from appliance.api.context import CONTEXT, Context, new_id
-from appliance.api.decode import BodyDecoder, decode_beside, read_body
+from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
 from appliance.api.dialect import PlainDialect
 from appliance.api.generate import Job, ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
 from appliance.api.observe import Meter
 from appliance.api.plans import plan_for
-from appliance.api.prompts import encode_prompt, prompts_of, room_for
+from appliance.api.prompts import Prompt, encode_prompt, prompts_of, room_for
 from appliance.api.render import END, ChunkTemplate
 from appliance.api.schemas import CompletionBody
 from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
@@ -33,10 +33,13 @@ async def handle(request: web.Request) -> web.StreamResponse:
     plan = plan_for(request, body)
     settled = await constrained(request.app[DESK], body, plan)
     headers = ignored_header((*decoded.ignored, *settled.ignored, *unused_fields(context, plan)))
-    job = await _job(context, body, headers, settled.plan)
+    prompts = await beside(
+        context.node.text, len(raw), lambda: prompts_of(body.prompt, context.limits)
+    )
+    job = await _job(context, body, headers, plan=settled.plan, prompts=prompts)
     dialect = PlainDialect(context, job.plan, name=job.name, chat=False)
     if body.echo:
-        echoes = await _echoes(context, body, job)
+        echoes = await _echoes(context, prompts, job)
         dialect = EchoDialect(context, job.plan, name=job.name, echoes=echoes)
     return await serve(context, request, job=job, dialect=dialect)
 
@@ -67,20 +70,26 @@ class EchoDialect(PlainDialect):
         return document
 
 
-async def _echoes(context: Context, body: CompletionBody, job: Job) -> list[str]:
+async def _echoes(context: Context, prompts: Sequence[Prompt], job: Job) -> list[str]:
     """Each prompt as it was written; ids as text, with markup only where the answer shows it."""
     skip = job.plan.sampling.skip_special_tokens
     return [
         prompt
         if isinstance(prompt, str)
         else await context.node.text.decode(prompt, skip_special_tokens=skip)
-        for prompt in prompts_of(body.prompt, context.limits)
+        for prompt in prompts
     ]
 
 
-async def _job(context: Context, body: CompletionBody, headers: dict[str, str], plan: Plan) -> Job:
+async def _job(
+    context: Context,
+    body: CompletionBody,
+    headers: dict[str, str],
+    *,
+    plan: Plan,
+    prompts: Sequence[Prompt],
+) -> Job:
     limits = context.limits
-    prompts = prompts_of(body.prompt, limits)
     check_total(len(prompts), plan.n, limits)
     encoded = [
         await encode_prompt(

@@ -9,7 +9,7 @@ of a hundred thousand ids costs no more than it must.
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -25,10 +25,11 @@ from appliance.api.unknown import kinds_of, unknown_fields
 from appliance.live.tokenise import TextService
 
 B = TypeVar("B", bound=msgspec.Struct)
+T = TypeVar("T")
 
 MAX_NAMED = 32
 LARGE_BODY_BYTES = 128 * 1024
-"""A larger body is not decoded on the event loop."""
+"""A larger body is neither decoded nor checked on the event loop."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _KEY = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
@@ -177,10 +178,17 @@ class BodyDecoder(Generic[B]):
 
 
 async def decode_beside(text: TextService, decoder: BodyDecoder[B], data: bytes) -> Decoded[B]:
-    """Decode a large body in a thread of `text`, a small one at once. Raises like `decode`."""
-    if len(data) <= LARGE_BODY_BYTES:
-        return decoder.decode(data)
-    return await text.run(lambda: decoder.decode(data))
+    """Decode a large body in a thread of `text`, a small one at once. Raises like `decode`, and
+    `TooBusy`."""
+    return await beside(text, len(data), lambda: decoder.decode(data))
+
+
+async def beside(text: TextService, num_bytes: int, work: Callable[[], T]) -> T:
+    """What `work` makes of a body of so many bytes: in a thread of `text` where it is large, else
+    at once. Raises what it raises, and `TooBusy`."""
+    if num_bytes <= LARGE_BODY_BYTES:
+        return work()
+    return await text.run(work, num_bytes=num_bytes)
 
 
 def check_duplicates(data: bytes, fields: Mapping[str, msgspec.Raw]) -> dict[str, Any]:

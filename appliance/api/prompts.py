@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from appliance.api.errors import ApiError, shown
-from appliance.api.schemas import Message
-from appliance.api.turns import turns_of
 from appliance.api.validate import Limits, invalid
 from appliance.core.types import ErrorKind
 from appliance.live.chat_template import TemplateFailed, TemplateMissing
@@ -107,24 +105,6 @@ async def encode_prompt(
         raise hopeless(error, "prompt") from error
 
 
-async def encode_messages(
-    text: TextService,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    template_kwargs: Mapping[str, Any] | None,
-    salt: str = "",
-) -> Encoded:
-    """Token ids of a conversation. Raises `ApiError` when the template has no use for it."""
-    return await encode_turns(
-        text,
-        turns_of(messages),
-        add_generation_prompt=add_generation_prompt,
-        template_kwargs=template_kwargs,
-        salt=salt,
-    )
-
-
 async def encode_turns(
     text: TextService,
     turns: Sequence[Mapping[str, Any]],
@@ -134,7 +114,8 @@ async def encode_turns(
     template_kwargs: Mapping[str, Any] | None,
     salt: str = "",
 ) -> Encoded:
-    """Token ids of turns that were checked. Raises `ApiError` like `encode_messages`."""
+    """Token ids of turns that were checked. Raises `ApiError` when the template has no use for
+    them, or they do not fit."""
     try:
         return await text.encode_chat(
             turns,

@@ -3,14 +3,17 @@
 from aiohttp import web
 
 from appliance.api.context import CONTEXT, Context
-from appliance.api.decode import BodyDecoder, read_body
+from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
 from appliance.api.models import json_answer
-from appliance.api.prompts import check_ids, encode_messages, encode_prompt
+from appliance.api.prompts import check_ids, encode_prompt, encode_turns
 from appliance.api.schemas import DetokenizeBody, TokenizeBody
+from appliance.api.turns import turns_of
 from appliance.api.validate import check_model, invalid
 from appliance.live.records import Encoded
 
 TOKENIZE = web.AppKey("tokenize_decoder", BodyDecoder[TokenizeBody])
+SPELLED_BYTES = 16
+"""Spelling out one token takes as long as checking so many bytes of a body."""
 DETOKENIZE = web.AppKey("detokenize_decoder", BodyDecoder[DetokenizeBody])
 
 
@@ -18,12 +21,15 @@ async def handle_tokenize(request: web.Request) -> web.Response:
     """Ids of a prompt or of messages."""
     context = request.app[CONTEXT]
     raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-    body = request.app[TOKENIZE].decode(raw).body
+    text = context.node.text
+    body = (await decode_beside(text, request.app[TOKENIZE], raw)).body
     check_model(body.model, context.node.info.model)
-    ids = list((await _encode(context, body)).ids)
+    ids = list((await _encode(context, body, len(raw))).ids)
     strings = None
     if body.return_token_strs:
-        strings = [context.node.text.token_text(token)[0] for token in ids]
+        strings = await beside(
+            text, SPELLED_BYTES * len(ids), lambda: [text.token_text(token)[0] for token in ids]
+        )
     return json_answer(
         {
             "count": len(ids),
@@ -34,20 +40,21 @@ async def handle_tokenize(request: web.Request) -> web.Response:
     )
 
 
-async def _encode(context: Context, body: TokenizeBody) -> Encoded:
-    if body.messages is not None and body.prompt is not None:
+async def _encode(context: Context, body: TokenizeBody, num_bytes: int) -> Encoded:
+    text, messages = context.node.text, body.messages
+    if messages is not None and body.prompt is not None:
         raise invalid("prompt", "and 'messages' are both given; give one of them.")
-    if body.messages is not None:
-        return await encode_messages(
-            context.node.text,
-            body.messages,
+    if messages is not None:
+        return await encode_turns(
+            text,
+            await beside(text, num_bytes, lambda: turns_of(messages)),
             add_generation_prompt=body.add_generation_prompt is not False,
             template_kwargs=body.chat_template_kwargs,
         )
     if body.prompt is None:
         raise invalid("prompt", "is missing; give it or 'messages'.")
     return await encode_prompt(
-        context.node.text, body.prompt, add_special_tokens=body.add_special_tokens is not False
+        text, body.prompt, add_special_tokens=body.add_special_tokens is not False
     )
 
 
@@ -55,8 +62,8 @@ async def handle_detokenize(request: web.Request) -> web.Response:
     """The text of token ids, special tokens included."""
     context = request.app[CONTEXT]
     raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-    body = request.app[DETOKENIZE].decode(raw).body
-    check_model(body.model, context.node.info.model)
-    check_ids(body.tokens, "tokens", context.node.info.vocab_size)
-    text = await context.node.text.decode(body.tokens, skip_special_tokens=False)
-    return json_answer({"prompt": text})
+    text, info = context.node.text, context.node.info
+    body = (await decode_beside(text, request.app[DETOKENIZE], raw)).body
+    check_model(body.model, info.model)
+    await beside(text, len(raw), lambda: check_ids(body.tokens, "tokens", info.vocab_size))
+    return json_answer({"prompt": await text.decode(body.tokens, skip_special_tokens=False)})

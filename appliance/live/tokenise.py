@@ -2,11 +2,13 @@
 
 Everything whose time grows with the prompt runs in a small thread pool: rendering the chat
 template, `encode_batch` (which releases the interpreter lock) and naming the prompt's blocks. A
-text that cannot fit, whatever its tokens are, is refused before it is tokenised.
+text that cannot fit, whatever its tokens are, is refused before it is tokenised. What waits for the
+pool and what is in it is bounded in bytes of prompts; one prompt is always taken.
 """
 
 import asyncio
 import json
+import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +27,20 @@ T = TypeVar("T")
 INLINE_IDS = 1024
 """Prompts of up to this many ids are hashed on the spot: it takes less time than a thread hop."""
 
+RATED_BYTES = 4096
+"""Prompts from this size on show how fast a thread is; of shorter ones the call is most."""
+
 
 class TooLong(ValueError):
     """The prompt cannot fit, whatever its tokens are. The message names length and limit."""
+
+
+class TooBusy(Exception):
+    """Too many bytes of prompts wait to be tokenised. `retry_after` in seconds."""
+
+    def __init__(self, most: int, retry_after: float) -> None:
+        super().__init__(f"more than {most} bytes of prompts wait to be tokenised")
+        self.retry_after = retry_after
 
 
 class TokenizerError(Exception):
@@ -45,6 +58,8 @@ class TextSettings(Record, frozen=True, kw_only=True):
     hash_key: bytes
     prefix_cache: bool = True
     num_threads: int = 2
+    max_pending_bytes: int = 64 * 1024 * 1024
+    """Of prompts that wait for a thread or are in one."""
 
 
 class TextService:
@@ -58,6 +73,9 @@ class TextService:
         self._longest = longest_token_bytes(document)
         self._templates = load_templates(directory)
         self._pool = ThreadPoolExecutor(settings.num_threads, thread_name_prefix="text")
+        self._pending_bytes = 0
+        self._seconds_per_byte = 1e-7
+        """Of one thread, lately."""
 
     @property
     def vocab_size(self) -> int:
@@ -81,9 +99,11 @@ class TextService:
         return self._settings.hash_key
 
     async def encode(self, text: str, *, add_special_tokens: bool, salt: str = "") -> Encoded:
-        """Ids of a text. Raises `TooLong` when the text provably does not fit."""
+        """Ids of a text. Raises `TooLong` when the text provably does not fit, and `TooBusy`."""
         self._refuse_hopeless(text)
-        return await self._run(lambda: self._encode(text, salt, special=add_special_tokens))
+        return await self.run(
+            lambda: self._encode(text, salt, special=add_special_tokens), num_bytes=len(text)
+        )
 
     async def encode_chat(
         self,
@@ -96,7 +116,7 @@ class TextService:
     ) -> Encoded:
         """Ids of a conversation. The template writes the special tokens, none is added.
 
-        Raises `TemplateMissing`, `TemplateFailed` or `TooLong`."""
+        Raises `TemplateMissing`, `TemplateFailed`, `TooLong` or `TooBusy`."""
 
         def work() -> Encoded:
             text = self._templates.render(
@@ -108,11 +128,12 @@ class TextService:
             self._refuse_hopeless(text)
             return self._encode(text, salt, special=False)
 
-        return await self._run(work)
+        num_bytes = sum(len(message.get("content") or "") for message in messages)
+        return await self.run(work, num_bytes=num_bytes)
 
     async def encode_ids(self, ids: Sequence[int], *, salt: str = "") -> Encoded:
         """A prompt given as ids. Raises `ValueError` naming the first id outside the vocabulary,
-        and `TooLong`."""
+        `TooLong` and `TooBusy`."""
         if len(ids) >= self._settings.max_model_len:
             raise self._too_long(f"{len(ids)} tokens")
         packed = array("i", ids)
@@ -124,7 +145,7 @@ class TextService:
             )
         if len(packed) <= INLINE_IDS:
             return self.name_blocks(packed, salt)
-        return await self._run(lambda: self.name_blocks(packed, salt))
+        return await self.run(lambda: self.name_blocks(packed, salt), num_bytes=4 * len(packed))
 
     def name_blocks(self, ids: "array[int]", salt: str) -> Encoded:
         """`ids` with the names of their full blocks under `salt`; takes time for a long prompt."""
@@ -138,7 +159,7 @@ class TextService:
         return Encoded(ids=ids, hashes=hashes, salt=salt)
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of these ids."""
+        """The text of these ids. Raises `TooBusy`."""
 
         def work() -> str:  # the batch call releases the interpreter lock, the single one does not
             (text,) = self._tokenizer.decode_batch(
@@ -146,7 +167,7 @@ class TextService:
             )
             return str(text)
 
-        return await self._run(work)
+        return await self.run(work, num_bytes=4 * len(ids))
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """What one token adds to a text: as a string (incomplete characters as U+FFFD) and as
@@ -159,12 +180,26 @@ class TextService:
         """End the threads; running work is finished, waiting work is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Anything that takes long and concerns one prompt, in a thread of this service."""
-        return await self._run(work)
+    async def run(self, work: Callable[[], T], *, num_bytes: int) -> T:
+        """Anything that takes long and concerns one prompt of about so many bytes, in a thread of
+        this service. Raises `TooBusy`."""
+        most = self._settings.max_pending_bytes
+        if self._pending_bytes and self._pending_bytes + num_bytes > most:
+            wait = self._pending_bytes * self._seconds_per_byte / self._settings.num_threads
+            raise TooBusy(most, wait)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        def timed() -> tuple[T, float]:
+            begun = time.monotonic()
+            return work(), time.monotonic() - begun
+
+        self._pending_bytes += num_bytes
+        try:
+            result, took = await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+        finally:
+            self._pending_bytes -= num_bytes
+        if num_bytes >= RATED_BYTES:
+            self._seconds_per_byte += 0.1 * (took / num_bytes - self._seconds_per_byte)
+        return result
 
     def _encode(self, text: str, salt: str, *, special: bool) -> Encoded:
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from appliance.core.hashes import chain, root_hash
 from appliance.live.token_bytes import TokenBytes, longest_token_bytes
-from appliance.live.tokenise import TextService, TextSettings, TokenizerError, TooLong
+from appliance.live.tokenise import TextService, TextSettings, TokenizerError, TooBusy, TooLong
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-tasks"
 SETTINGS = TextSettings(max_model_len=64, vocab_size=1024, block_tokens=4, hash_key=b"k" * 16)
@@ -109,6 +109,33 @@ async def test_r18_a_long_text_does_not_hold_up_the_loop() -> None:
         assert turns > 100
     finally:
         service.close()
+
+
+async def test_r15_waiting_prompts_are_bounded_in_bytes_and_one_is_always_taken() -> None:
+    settings = TextSettings(
+        max_model_len=64, vocab_size=1024, block_tokens=4, hash_key=b"k", max_pending_bytes=100
+    )
+    service, gate = TextService(MODEL, settings), threading.Event()
+    try:
+        first = asyncio.create_task(service.run(gate.wait, num_bytes=1000))
+        await asyncio.sleep(0)
+        with pytest.raises(TooBusy, match="more than 100 bytes") as caught:
+            await service.encode("a", add_special_tokens=False)
+        assert caught.value.retry_after > 0
+        gate.set()
+        await first
+        small = [service.encode("a b", add_special_tokens=False) for _ in range(20)]
+        assert len(await asyncio.gather(*small)) == 20
+    finally:
+        gate.set()
+        service.close()
+
+
+async def test_r15_a_failed_prompt_gives_its_bytes_back(text: TextService) -> None:
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            await text.run(lambda: 1 // 0, num_bytes=50 * 1024 * 1024)
+    assert (await text.encode("a", add_special_tokens=False)).ids
 
 
 async def test_work_runs_in_named_threads_that_end_with_the_service(text: TextService) -> None:

@@ -7,7 +7,7 @@ from aiohttp import web
 from appliance.api.constraints import settled
 from appliance.api.context import CONTEXT, REQUEST_ID
 from appliance.api.conversation import Conversation, encode, fields_named, prepare
-from appliance.api.decode import BodyDecoder, decode_beside, read_body
+from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
 from appliance.api.errors import ApiError, shown
 from appliance.api.generate import ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
@@ -49,7 +49,8 @@ async def handle(request: web.Request) -> web.StreamResponse:
             param="max_tokens",
         )
     speech = request.app[SPEECH]
-    conversation, wishes = conversation_of(body, speech), wishes_of(body, speech)
+    conversation = await beside(context.node.text, len(raw), lambda: conversation_of(body, speech))
+    wishes = wishes_of(body, speech)
     with fields_named(NAMES):
         chat = chat_body(body)
         plan = plan_for(request, chat)
@@ -82,7 +83,9 @@ async def handle_count(request: web.Request) -> web.Response:
     body = (await decode_beside(context.node.text, request.app[DECODER], raw)).body
     check_model(body.model, context.node.info.model)
     check_fields(body)
-    prompt = await encode(context, conversation_of(body, request.app[SPEECH]), salt="")
+    speech = request.app[SPEECH]
+    conversation = await beside(context.node.text, len(raw), lambda: conversation_of(body, speech))
+    prompt = await encode(context, conversation, salt="")
     return json_answer({"input_tokens": len(prompt.ids)})
 
 

@@ -8,7 +8,7 @@ from aiohttp import web
 from appliance.api.constraints import settled
 from appliance.api.context import CONTEXT
 from appliance.api.conversation import Conversation, fields_named, prepare
-from appliance.api.decode import BodyDecoder, decode_beside, read_body
+from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
 from appliance.api.errors import ApiError, shown
 from appliance.api.generate import ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
@@ -45,7 +45,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     check_model(body.model, context.node.info.model)
     check_fields(body)
     speech = request.app[SPEECH]
-    conversation = conversation_of(body, speech)
+    conversation = await beside(context.node.text, len(raw), lambda: conversation_of(body, speech))
     with fields_named(NAMES):
         chat = chat_body(body)
         plan = plan_for(request, chat)
