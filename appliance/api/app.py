@@ -8,7 +8,17 @@ from pathlib import Path
 
 from aiohttp import web
 
-from appliance.api import admin, chat, completions, embeddings, health, metrics, models, tokens
+from appliance.api import (
+    admin,
+    chat,
+    completions,
+    embeddings,
+    health,
+    metrics,
+    models,
+    operate,
+    tokens,
+)
 from appliance.api.auth import GATE, Gate, guard
 from appliance.api.connection import ConnectionRunner
 from appliance.api.context import CONTEXT, REQUEST_ID, Context, Names, stamp
@@ -91,6 +101,7 @@ def build_app(node: Node, settings: ApiSettings) -> web.Application:
             web.get("/admin/requests/{name}", admin.handle_request),
         ]
     )
+    operate.set_up(app)
     return app
 
 

@@ -4,8 +4,8 @@ With keys configured every route needs one, except probes (`/health`, `/ready`, 
 `/metrics` unless `metrics_need_key`). A client gives its key as `Authorization: Bearer KEY` or as
 `x-api-key: KEY`. `/admin/...` needs a key with admin rights; where no such key is configured it
 answers to this machine only, without a key: the peer is a loopback address, no proxy says that it
-speaks for another, and the client asked for an address and not for a name that somebody else may
-point here.
+speaks for another, the client asked for an address and not for a name that somebody else may point
+here, and it is no web page of another server.
 
 Keys are compared by digest, against every entry and without an early exit, so the time taken says
 nothing about which entry was nearly met.
@@ -184,13 +184,19 @@ def check_local(request: web.Request) -> None:
     peer = request.transport.get_extra_info("peername") if request.transport else None
     direct = not any(name in request.headers for name in FORWARDED)
     named = names_address(request.headers.get("Host", ""))
-    if peer is None or not (direct and named and is_local(peer)):
+    if peer is None or not (direct and named and is_local(peer)) or is_foreign(request):
         raise ApiError(
             "Admin routes answer only to this machine; ask over 127.0.0.1, or configure a key "
             "with admin rights.",
             status=403,
             code="forbidden",
         )
+
+
+def is_foreign(request: web.Request) -> bool:
+    """Whether a browser sent this for a page that another server gave it."""
+    origin = request.headers.get("Origin")
+    return origin is not None and origin.partition("://")[2] != request.headers.get("Host", "")
 
 
 def is_local(peer: object) -> bool:

@@ -247,6 +247,11 @@ class Node:
         return self._books.unready_since
 
     @property
+    def is_ending(self) -> bool:
+        """Whether it drains, or is closed."""
+        return self._closed or self.dispatcher.is_draining
+
+    @property
     def num_open(self) -> int:
         """Answers under way."""
         return len(self._streams)
