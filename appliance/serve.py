@@ -23,6 +23,7 @@ from appliance.api.app import build_app, make_runner
 from appliance.api.settings import ApiSettings
 from appliance.core.faults import FaultRule
 from appliance.listening import BACKLOG, CannotServe, room_for, url_of
+from appliance.live.bookkeeping import link_summary, link_words
 from appliance.live.chat_template import TemplateFailed
 from appliance.live.garbage import Collector
 from appliance.live.journal_file import JournalFileError
@@ -36,6 +37,10 @@ from appliance.wiring import api_settings, build_node
 
 log = logging.getLogger(__name__)
 
+MAX_LINK_LINES = 12
+"""More links are summed up by path; /admin/state names each."""
+LINK_SECONDS = 20.0
+"""From the first ready worker to the last probed link; what is missing then is said."""
 CLOSE_SECONDS = 5.0
 """For connections whose answer is complete but not yet read by the client."""
 
@@ -105,12 +110,14 @@ async def _serve(
         timeline.reached("listening")
         if await _ready(node, signals):
             _announce(plan, node, url=url_of(listener), timeline=timeline, screen=screen)
+            links = asyncio.create_task(_report_links(node, screen))
             collector = Collector(lambda: node.num_open == 0)
             collector.start()
             try:
                 await _until_over(node, signals)
             finally:
                 collector.stop()
+                links.cancel()
         await _drain(node, signals.first.result(), seconds=plan.config.server.drain_seconds)
     except StartFailed as error:
         raise CannotServe(str(error)) from error
@@ -164,6 +171,19 @@ def _announce(plan: Plan, node: Node, *, url: str, timeline: Timeline, screen: S
         timeline.reached(words, at=at)
     screen.timeline(timeline.stages)
     screen.address(url=url, model=plan.served_name, needs_key=bool(plan.config.key))
+
+
+async def _report_links(node: Node, screen: Screen) -> None:
+    """Say what the probes of all links gave, once all workers are up."""
+    missing = await node.wait_links(LINK_SECONDS)
+    links = [link for _, link in sorted(node.moves.links.items())]
+    lines = [link_words(link) for link in links]
+    if len(lines) > MAX_LINK_LINES:
+        lines = link_summary(links)
+    words = [f"{source} -> {target}: no KV moves this way" for source, target in missing]
+    screen.links(lines, missing=words)
+    for line in words:
+        log.warning("a link is missing: %s", line)
 
 
 async def _drain(node: Node, number: signal.Signals, *, seconds: float) -> None:

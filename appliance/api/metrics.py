@@ -4,27 +4,24 @@ One registry per application and nothing in the package's globals, so two nodes 
 not meet. Everything is read at scrape time; between two scrapes no metric object is touched.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from appliance.api.families import counter, gauge, histogram
 from appliance.api.limits import Account
-from appliance.api.observe import ApiStats, Histogram
+from appliance.api.observe import ApiStats
+from appliance.api.transfer_metrics import transfer_metrics
 from appliance.core.lifecycle import WorkerState
+from appliance.core.types import Role
 from appliance.live.holding import Holding
 from appliance.live.node import Node
 
-PREFIX = "appliance_"
 BLOCK_KINDS = ("total", "free", "cached", "held", "leased")
 
 
@@ -32,8 +29,9 @@ class Metrics:
     """The registry of one application."""
 
     def __init__(self, node: Node, stats: ApiStats, accounts: Mapping[str, Account]) -> None:
-        """Also begins to listen to the node's steps."""
+        """Also begins to listen to the node's steps and moves."""
         node.stats.observe_step = stats.step
+        node.moves.observe = stats.moved
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Surface(stats))
         self._registry.register(_Engine(node))
@@ -65,20 +63,26 @@ class _Surface(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families."""
         stats = self._stats
-        yield _counter(
+        yield counter(
             "http_responses",
             "HTTP answers by route and status.",
             ["route", "status"],
             [([route, str(status)], n) for (route, status), n in sorted(stats.responses.items())],
         )
         yield from self._latencies()
+        yield histogram(
+            "kv_move_seconds",
+            "From the stop of a sequence at one worker to its going on at another.",
+            ["kind", "path"],
+            [(list(key), times) for key, times in sorted(stats.move_seconds.items())],
+        )
         alone = (
             ("step_seconds", "Duration of one forward step.", stats.step_seconds),
             ("step_sequences", "Sequences that got a token in one step.", stats.step_sequences),
             ("loop_lag_seconds", "How late the event loop wakes a sleeper.", stats.loop_lag),
         )
-        for name, words, histogram in alone:
-            yield _histogram(name, words, [], [([], histogram)])
+        for name, words, each in alone:
+            yield histogram(name, words, [], [([], each)])
 
     def _latencies(self) -> Iterator[Metric]:
         words = {
@@ -93,7 +97,7 @@ class _Surface(Collector):
             series = [
                 ([label], row[index]) for (label, _), row in zip(classes, columns, strict=True)
             ]
-            yield _histogram(name, text, ["slo_class"], series)
+            yield histogram(name, text, ["slo_class"], series)
 
 
 class _Keys(Collector):
@@ -105,13 +109,13 @@ class _Keys(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families."""
         accounts = sorted(self._accounts.items())
-        yield _counter(
+        yield counter(
             "key_requests",
             "Requests of a key that were let in.",
             ["key"],
             [([name], account.requests) for name, account in accounts],
         )
-        yield _counter(
+        yield counter(
             "key_tokens",
             "Tokens charged to a key.",
             ["key", "kind"],
@@ -124,7 +128,7 @@ class _Keys(Collector):
                 )
             ],
         )
-        yield _counter(
+        yield counter(
             "key_requests_refused",
             "Requests of a key that one of its limits turned away.",
             ["key", "limit"],
@@ -145,7 +149,7 @@ class _Engine(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families."""
         info, state = self._node.info, self._node.state()
-        yield _gauge(
+        yield gauge(
             "build_info",
             "Version, model and policy.",
             ["version", "model", "policy"],
@@ -155,17 +159,18 @@ class _Engine(Collector):
         yield from _holding(self._node.holding)
         yield from self._queues(state)
         yield from _worker_gauges(state["workers"])
+        yield from transfer_metrics(self._node.moves)
         yield from self._worker_counters()
 
     def _counters(self) -> Iterator[Metric]:
         stats, node = self._node.stats, self._node.dispatcher
-        yield _counter(
+        yield counter(
             "requests",
             "Answers by outcome: a finish reason or the code of an error.",
             ["outcome"],
             [([outcome], count) for outcome, count in sorted(stats.ended.items())],
         )
-        yield _counter(
+        yield counter(
             "requests_rejected",
             "Requests turned away by reason.",
             ["reason"],
@@ -180,14 +185,14 @@ class _Engine(Collector):
             ("request_acquittals", "Those of them that were acquitted.", node.num_acquitted),
         )
         for name, words, value in totals:
-            yield _counter(name, words, [], [([], value)])
+            yield counter(name, words, [], [([], value)])
 
     def _queues(self, state: dict[str, Any]) -> Iterator[Metric]:
         workers = state["workers"]
         running = sum(worker["running"] for worker in workers)
         queued = sum(worker["queued"] for worker in workers) + state["queue"]["waiting"]
-        yield _gauge("num_requests_running", "Sequences in a batch.", [], [([], running)])
-        yield _gauge(
+        yield gauge("num_requests_running", "Sequences in a batch.", [], [([], running)])
+        yield gauge(
             "num_requests_waiting",
             "Sequences not in a batch, at the node and at its workers.",
             [],
@@ -196,7 +201,7 @@ class _Engine(Collector):
 
     def _worker_counters(self) -> Iterator[Metric]:
         workers = [(str(key), worker) for key, worker in sorted(self._node.stats.workers.items())]
-        yield _counter(
+        yield counter(
             "worker_tokens",
             "Computed tokens by phase.",
             ["worker", "phase"],
@@ -220,6 +225,10 @@ class _Engine(Collector):
                 [max(0, worker.starts - 1) for _, worker in workers],
             ),
             "worker_deaths": ("Unwanted ends.", [worker.deaths for _, worker in workers]),
+            "worker_flips": (
+                "Changes of its role while it ran.",
+                [worker.flips for _, worker in workers],
+            ),
             "worker_preemptions": (
                 "Sequences that lost their blocks to others.",
                 [worker.preemptions for _, worker in workers],
@@ -227,17 +236,17 @@ class _Engine(Collector):
         }
         for metric, (words, values) in single.items():
             series = [([workers[i][0]], float(value)) for i, value in enumerate(values)]
-            yield _counter(metric, words, ["worker"], series)
+            yield counter(metric, words, ["worker"], series)
 
 
 def _holding(holding: Holding) -> Iterator[Metric]:
-    yield _gauge(
+    yield gauge(
         "loop_busy_ratio",
         "Share of the event loop's time in use, lately.",
         [],
         [([], holding.busy)],
     )
-    yield _gauge(
+    yield gauge(
         "stream_hold_seconds",
         "How long a token may wait now to leave with others; 0 while the load is normal.",
         [],
@@ -253,11 +262,11 @@ def _holding(holding: Holding) -> Iterator[Metric]:
         ),
     )
     for name, words, value in totals:
-        yield _counter(name, words, [], [([], value)])
+        yield counter(name, words, [], [([], value)])
 
 
 def _worker_gauges(workers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
-    yield _gauge(
+    yield gauge(
         "worker_state",
         "1 for the state a worker is in.",
         ["worker", "state"],
@@ -267,7 +276,17 @@ def _worker_gauges(workers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
             for state in WorkerState
         ],
     )
-    yield _gauge(
+    yield gauge(
+        "worker_role",
+        "1 for the role a worker has.",
+        ["worker", "role"],
+        [
+            ([str(worker["id"]), role.value], float(worker["role"] == role.value))
+            for worker in workers
+            for role in Role
+        ],
+    )
+    yield gauge(
         "kv_blocks",
         "KV blocks of a worker by kind; free counts cached ones too.",
         ["worker", "kind"],
@@ -277,29 +296,3 @@ def _worker_gauges(workers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
             for kind in BLOCK_KINDS
         ],
     )
-
-
-Series = Iterable[tuple[list[str], float]]
-
-
-def _gauge(name: str, words: str, labels: list[str], series: Series) -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, words, labels=labels)
-    for values, value in series:
-        family.add_metric(values, value)
-    return family
-
-
-def _counter(name: str, words: str, labels: list[str], series: Series) -> Metric:
-    family = CounterMetricFamily(PREFIX + name, words, labels=labels)
-    for values, value in series:
-        family.add_metric(values, value)
-    return family
-
-
-def _histogram(
-    name: str, words: str, labels: list[str], series: Iterable[tuple[list[str], Histogram]]
-) -> Metric:
-    family = HistogramMetricFamily(PREFIX + name, words, labels=labels)
-    for values, histogram in series:
-        family.add_metric(values, buckets=histogram.cumulative(), sum_value=histogram.sum)
-    return family

@@ -20,6 +20,10 @@ STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 LAG_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
+MOVE_BOUNDS = (
+    0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+)  # fmt: skip
+
 
 class Histogram:
     """Counts of values by bucket; a value belongs to the first bound that is not below it."""
@@ -65,6 +69,8 @@ class ApiStats:
         self.step_seconds = Histogram(STEP_BOUNDS)
         self.step_sequences = Histogram(BATCH_BOUNDS)
         self.loop_lag = Histogram(LAG_BOUNDS)
+        self.move_seconds: dict[tuple[str, str], Histogram] = {}
+        """By kind of move and path."""
         self.classes: dict[str, ClassLatency] = {}
 
     def step(self, worker: WorkerId, seconds: float, sequences: int) -> None:
@@ -72,6 +78,13 @@ class ApiStats:
         del worker  # its totals are the node's
         self.step_seconds.observe(seconds)
         self.step_sequences.observe(sequences)
+
+    def moved(self, kind: str, path: str, seconds: float) -> None:
+        """A sequence goes on at another worker, so long after it stopped."""
+        histogram = self.move_seconds.get((kind, path))
+        if histogram is None:
+            histogram = self.move_seconds[kind, path] = Histogram(MOVE_BOUNDS)
+        histogram.observe(seconds)
 
     def latency(self, slo: Slo) -> ClassLatency:
         """The histograms of this class; names are configured ones, so there are few."""

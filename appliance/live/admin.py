@@ -1,14 +1,23 @@
-"""What the node shows of itself: the state document and the verdict on its health."""
+"""What the node shows of itself: the state document, its links, and the verdict on its health."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.lifecycle import WorkerState
+from appliance.core.messages import LinkUp
+from appliance.core.types import WorkerId
 from appliance.core.view import WorkerView
+from appliance.live.moves import MoveSeen, source_name
 from appliance.live.records import Health
 
 if TYPE_CHECKING:
     from appliance.live.node import Node
+
+LINKED = frozenset(
+    {WorkerState.READY, WorkerState.DRAINING, WorkerState.FLIPPING, WorkerState.PARKED}
+)
+"""States of workers whose processes are up."""
+OUT_OF_SERVICE = frozenset({WorkerState.QUARANTINED, WorkerState.PARKED})
 
 
 def state_document(node: "Node", now: float) -> dict[str, Any]:
@@ -17,6 +26,9 @@ def state_document(node: "Node", now: float) -> dict[str, Any]:
     view, stats, info = node.dispatcher.view, node.stats, node.info
     return {
         "workers": [_worker(node, worker, now) for worker in view.workers.values()],
+        "links": [_link(link) for _, link in sorted(node.moves.links.items())],
+        "moves": [_move(move, now) for move in node.moves.under_way.values()],
+        "transfers": _transfers(node),
         "queue": {"waiting": view.num_waiting, "tokens": view.waiting_tokens},
         "totals": {
             "live": node.dispatcher.num_live,
@@ -36,6 +48,59 @@ def state_document(node: "Node", now: float) -> dict[str, Any]:
         "version": info.version,
         "draining": node.dispatcher.is_draining,
         "uptime": now - node.started_at,
+    }
+
+
+def missing_links(node: "Node") -> list[tuple[WorkerId, WorkerId]]:
+    """(source, target) of every two workers in service between which no link is known; several
+    after a start that is not complete."""
+    up = [view.id for view in node.dispatcher.view.workers.values() if view.state in LINKED]
+    return [(one, to) for one in up for to in up if one != to and (to, one) not in node.moves.links]
+
+
+def _link(link: LinkUp) -> dict[str, Any]:
+    return {
+        "source": link.peer,
+        "target": link.worker,
+        "path": link.path,
+        "bytes_per_second": link.bytes_per_second,
+    }
+
+
+def _move(move: MoveSeen, now: float) -> dict[str, Any]:
+    return {
+        "id": move.id,
+        "kind": move.kind,
+        "request": move.request_id,
+        "source": move.source,
+        "target": move.target,
+        "stopped": move.stopped,
+        "age": now - move.begun,
+    }
+
+
+def _transfers(node: "Node") -> dict[str, Any]:
+    """How moves ended, and what went where by which path."""
+    moves = node.moves
+    return {
+        "moves": [
+            {"kind": kind, "outcome": outcome, "count": count}
+            for (kind, outcome), count in sorted(moves.outcomes.items())
+        ],
+        "prefixes": dict(moves.prefixes),
+        "expired_leases": moves.expired_leases,
+        "paths": [
+            {
+                "kind": kind,
+                "path": path,
+                "source": source_name(source),
+                "target": target,
+                "count": count.num,
+                "bytes": count.num_bytes,
+                "seconds": count.seconds,
+            }
+            for kind, path, source, target, count in moves.counts()
+        ],
     }
 
 
@@ -78,6 +143,7 @@ def _worker(node: "Node", view: WorkerView, now: float) -> dict[str, Any]:
         "steps": stats.steps,
         "step_seconds": view.step_seconds,
         "preemptions": stats.preemptions,
+        "flips": stats.flips,
         "epoch": node.dispatcher.epoch(view.id),
         "deaths": stats.deaths,
         "last_cause": node.dispatcher.last_cause(view.id),
@@ -92,9 +158,12 @@ def health(node: "Node", now: float) -> Health:
     if node.broken:
         return Health(ok=False, reason=node.broken)
     workers = node.dispatcher.view.workers
-    if all(worker.state is WorkerState.QUARANTINED for worker in workers.values()):
-        causes = "; ".join(f"worker {each}: {node.dispatcher.last_cause(each)}" for each in workers)
-        return Health(ok=False, reason=f"every worker is quarantined ({causes})")
+    lost = [each for each in workers.values() if each.state is WorkerState.QUARANTINED]
+    if lost and all(each.state in OUT_OF_SERVICE for each in workers.values()):
+        causes = "; ".join(f"worker {w.id}: {node.dispatcher.last_cause(w.id)}" for w in lost)
+        return Health(ok=False, reason=f"every worker is quarantined or parked ({causes})")
+    if all(each.state is WorkerState.PARKED for each in workers.values()):
+        return Health(ok=True, reason="every worker is parked")
     limit = node.settings.watch.kill_seconds
     if node.unready_since is not None and now - node.unready_since > limit:
         away = now - node.unready_since

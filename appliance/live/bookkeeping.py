@@ -4,7 +4,7 @@ Nothing here decides anything; what it keeps is read by the surfaces.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from appliance.core.dispatcher import Dispatcher
 from appliance.core.lifecycle import WorkerState
@@ -159,6 +159,17 @@ def link_words(link: LinkUp) -> str:
     """`link 0 -> 1: shared memory, 9.8 GB/s`: KV goes from 0 to 1."""
     speed = link.bytes_per_second / 1e9
     return f"link {link.peer} -> {link.worker}: {link.path}, {speed:.1f} GB/s"
+
+
+def link_summary(links: Sequence[LinkUp]) -> list[str]:
+    """`12 links: shared memory, 8.1 to 9.8 GB/s`, one line per path."""
+    speeds: dict[str, list[float]] = {}
+    for link in links:
+        speeds.setdefault(link.path, []).append(link.bytes_per_second / 1e9)
+    return [
+        f"{len(each)} links: {path}, {min(each):.1f} to {max(each):.1f} GB/s"
+        for path, each in sorted(speeds.items())
+    ]
 
 
 def _say_failed(message: PullFailed) -> None:

@@ -160,9 +160,18 @@ class Node:
         while self._num_in(WorkerState.READY) < num_workers:
             if self.broken:
                 raise StartFailed(self.broken)
-            if self._num_in(WorkerState.QUARANTINED, WorkerState.PARKED) == len(self.specs):
+            if self._num_in(*admin.OUT_OF_SERVICE) == len(self.specs):
                 raise StartFailed("no worker could be started: " + admin.why_none(self))
             await self._change()
+
+    async def wait_links(self, seconds: float) -> list[tuple[WorkerId, WorkerId]]:
+        """Return when all workers are up and every two of them have probed their link, after
+        `seconds` at most; the (source, target)s that are missing."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._num_in(WorkerState.STARTING) or admin.missing_links(self):
+                    await self._change()
+        return admin.missing_links(self)
 
     async def drain(self, seconds: float) -> bool:
         """Admit nothing more and let what is under way end, for `seconds` at most; the rest is
