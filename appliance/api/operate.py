@@ -149,6 +149,9 @@ def _sentence(words: str) -> str:
 
 
 async def _body(request: web.Request) -> bytes:
+    """What was sent; nothing is nothing, whatever it is declared as."""
+    if not request.can_read_body:
+        return b""
     return await read_body(request, max_bytes=MAX_BODY_BYTES)
 
 
@@ -165,7 +168,7 @@ def _known(decoder: BodyDecoder[B], raw: bytes) -> B:
 
 def _table(raw: bytes) -> Mapping[str, str]:
     try:
-        table = msgspec.json.decode(raw, type=dict[str, str])
+        table = msgspec.json.decode(raw or b"{}", type=dict[str, str])
     except msgspec.MsgspecError as error:
         raise ApiError(
             'The body must be an object from worker ids to roles, such as {"0": "decode"}.',

@@ -107,8 +107,9 @@ def _transfers(node: "Node") -> dict[str, Any]:
 def why_none(node: "Node") -> str:
     """The last death of each worker, and what helps when the kernel killed them."""
     causes = [
-        f"worker {spec.id} ({'+'.join(spec.devices)}): {node.dispatcher.last_cause(spec.id)}"
-        for spec in node.specs.values()
+        f"worker {each} ({'+'.join(node.specs[each].devices)}): {node.dispatcher.last_cause(each)}"
+        for each, view in node.dispatcher.view.workers.items()
+        if view.state is not WorkerState.PARKED
     ]
     if any("SIGKILL" in cause for cause in causes):
         causes.append(

@@ -61,9 +61,11 @@ class Asks:
         """Add a worker on these devices; returns when it serves (or stands by), or cannot."""
         worker = WorkerId(max(self._specs) + 1)
         spec = WorkerSpec(id=worker, devices=devices, role=role, parked=parked)
-        if not self._refusal:
-            self._specs[worker] = spec
-        return worker, await self._ask(lambda ask: WorkerAsked(ask=ask, spec=spec))
+        self._specs[worker] = spec
+        answer = await self._ask(lambda ask: WorkerAsked(ask=ask, spec=spec))
+        if answer.outcome is Outcome.REFUSED:
+            self._specs.pop(worker, None)
+        return worker, answer
 
     async def _ask(self, make: Callable[[int], Ask]) -> Answered:
         number = self._next

@@ -160,7 +160,7 @@ class Node:
         while self._num_in(WorkerState.READY) < num_workers:
             if self.broken:
                 raise StartFailed(self.broken)
-            if self._num_in(*admin.OUT_OF_SERVICE) == len(self.specs):
+            if self._num_in(*admin.OUT_OF_SERVICE) == len(self.dispatcher.view.workers):
                 raise StartFailed("no worker could be started: " + admin.why_none(self))
             await self._change()
 
