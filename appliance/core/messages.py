@@ -321,8 +321,8 @@ class RoleChanged(Tagged, frozen=True, kw_only=True):
 
 class WeightsLoaded(Tagged, frozen=True, kw_only=True):
     """The weights are in place; `source` says where they came from: "slab" (it was complete and is
-    mapped), "peer:N", "host" (the node's slab), "disk". `num_bytes` were moved in `seconds`;
-    `notes` say why each better source was not used."""
+    mapped), "peer:N", "host" (the node's slab), "disk", "disk through host". `num_bytes` were
+    moved in `seconds`; `notes` say why each better source was not used, and what was checked."""
 
     worker: WorkerId
     source: str

@@ -29,6 +29,8 @@ ARCHITECTURES: Mapping[str, Family] = {
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
 TENSOR_ALIGNMENT = 64
 PAGE_BYTES = 4096
+SUM_CHUNK_BYTES = 1 << 20
+"""Bytes of the weight slab under one checksum."""
 
 
 class UnsupportedModel(ValueError):
@@ -63,6 +65,33 @@ class WeightSpec(Record, frozen=True, kw_only=True):
     @property
     def num_elements(self) -> int:
         return prod(self.shape)
+
+
+class SlabLayout(Record, frozen=True, kw_only=True):
+    """Byte offsets in a weight slab::
+
+    header | tensors | one checksum (4 bytes) for each chunk of the tensors | padding to a page
+    """
+
+    header: int
+    """Where the tensors begin."""
+    sums: int
+    """Where they end and the checksums begin."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of `SUM_CHUNK_BYTES`; the last may be shorter."""
+        return -(-(self.sums - self.header) // SUM_CHUNK_BYTES)
+
+    @property
+    def total(self) -> int:
+        """Size of the slab."""
+        return _align(self.sums + 4 * self.num_chunks, PAGE_BYTES)
+
+    def chunk(self, index: int) -> slice:
+        """The bytes of a chunk."""
+        begin = self.header + index * SUM_CHUNK_BYTES
+        return slice(begin, min(begin + SUM_CHUNK_BYTES, self.sums))
 
 
 class ModelShape(Record, frozen=True, kw_only=True):
@@ -152,11 +181,16 @@ def slab_header_bytes(shape: ModelShape) -> int:
     return _align(4096 + 160 * len(weight_tensors(shape)), PAGE_BYTES)
 
 
-def slab_bytes(shape: ModelShape, dtype: DType) -> int:
-    """Bytes of the weight slab, header included, whole pages."""
+def slab_layout(shape: ModelShape, dtype: DType) -> SlabLayout:
+    """Where things stand in the weight slab."""
     last = weight_tensors(shape)[-1]
     end = slab_offsets(shape, dtype)[last.name] + last.num_elements * DTYPE_BYTES[dtype]
-    return _align(end, PAGE_BYTES)
+    return SlabLayout(header=slab_header_bytes(shape), sums=_align(end, PAGE_BYTES))
+
+
+def slab_bytes(shape: ModelShape, dtype: DType) -> int:
+    """Bytes of the weight slab, header and checksums included, whole pages."""
+    return slab_layout(shape, dtype).total
 
 
 def parse_dtype(name: str) -> DType:

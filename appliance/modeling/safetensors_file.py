@@ -1,12 +1,11 @@
-"""Reading safetensors files without copying them first.
+"""What is in safetensors files, and where.
 
 The format: an 8-byte little-endian header length, a JSON header `name -> {dtype, shape,
-data_offsets}`, then the bytes. A file is mapped, so a tensor is a view until it is copied into
-place.
+data_offsets}`, then the bytes. Only the header is read here; the rest is the business of
+`appliance.modeling.slab_reading`.
 """
 
 import json
-import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -34,9 +33,15 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def num_elements(self) -> int:
+        """How many numbers."""
+        return prod(self.shape)
+
 
 class SafetensorsFile:
-    """One mapped file. `WeightError` names the file when it is truncated or not safetensors."""
+    """The header of one file. `WeightError` names the file when it is truncated or not
+    safetensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,23 +58,7 @@ class SafetensorsFile:
                     "the file is truncated or not safetensors, fetch it again"
                 )
             self.header = file.read(length)
-            # A private writable map: torch refuses to view read-only memory without a warning.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.entries = dict(self._parse(data_start=8 + length, size=size))
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A view of the tensor in the file's own dtype."""
-        entry = self.entries[name]
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise WeightError(
-                f"tensor {name!r} has dtype {entry.dtype}, which is not built; "
-                f"known: {', '.join(DTYPES)}"
-            )
-        flat = torch.frombuffer(
-            self._map, dtype=dtype, count=prod(entry.shape), offset=entry.offset
-        )
-        return flat.view(entry.shape)
 
     def _parse(self, *, data_start: int, size: int) -> Iterator[tuple[str, Entry]]:
         try:
@@ -97,7 +86,7 @@ class SafetensorsFile:
 
 
 def open_checkpoint(model_dir: Path) -> dict[str, SafetensorsFile]:
-    """Map every tensor name of a checkpoint to its file: `model.safetensors`, or the shards named
+    """Every tensor name of a checkpoint with its file: `model.safetensors`, or the shards named
     by `model.safetensors.index.json`. `WeightError` when neither is there or a shard is missing."""
     index = model_dir / "model.safetensors.index.json"
     single = model_dir / "model.safetensors"

@@ -2,8 +2,9 @@
 it.
 
 Head of the buffer: magic, version, a state word, the length of a JSON manifest, the manifest
-(fingerprint of the source files, dtype, and name, offset, shape of every tensor). Then the tensors.
-The state word is written last, so a slab whose loader died half-way is never taken for complete.
+(fingerprint of the source files, dtype, name, offset and shape of every tensor, digest of the
+checksums). Then the tensors, then their checksums (`appliance.core.model_shape.SlabLayout`). The
+state word is written last, so a slab whose loader died half-way is never taken for complete.
 """
 
 import json
@@ -22,18 +23,21 @@ from appliance.core.model_shape import (
     ModelShape,
     slab_bytes,
     slab_header_bytes,
+    slab_layout,
     slab_offsets,
     weight_tensors,
 )
 from appliance.modeling.errors import WeightError
 from appliance.modeling.families import SOURCES
+from appliance.modeling.parallel import Progress, nothing
 from appliance.modeling.safetensors_file import SafetensorsFile, open_checkpoint
+from appliance.modeling.slab_reading import TORCH_DTYPES, locate, read_parts
+from appliance.modeling.slab_sums import digest_of_sums
 
 MAGIC = b"APPLSLAB"
-VERSION = 1
+VERSION = 2
 STATE_EMPTY, STATE_FILLING, STATE_COMPLETE = 0, 1, 2
 
-TORCH_DTYPES: Mapping[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HEAD = struct.Struct("<8sIIQ")
 _STATE = struct.Struct("<I")
 _STATE_OFFSET = 12
@@ -42,24 +46,48 @@ Buffer = memoryview
 """A byte view of the slab (of an mmap or any other buffer)."""
 
 
-def load_into_slab(model_dir: Path, buffer: Buffer, *, shape: ModelShape, dtype: DType) -> None:
-    """Read the checkpoint straight into the writable `buffer`, converting to `dtype`, and mark it
-    complete. Raises `WeightError` naming the tensor that is missing, unexpected or of another
-    shape."""
+def load_into_slab(
+    model_dir: Path,
+    buffer: Buffer,
+    *,
+    shape: ModelShape,
+    dtype: DType,
+    fingerprint: str = "",
+    threads: int = 1,
+    progress: Progress = nothing,
+) -> None:
+    """Read the checkpoint straight into the writable `buffer` with that many threads, converting to
+    `dtype`, and mark it complete. Raises `WeightError` naming the tensor that is missing,
+    unexpected or of another shape, the file that is cut short, or that the files are not (any more)
+    those of `fingerprint`."""
     _check_size(buffer, shape, dtype)
+    found = fingerprint_of(model_dir)
+    if fingerprint and found != fingerprint:
+        raise WeightError(
+            f"the files in {model_dir} changed since the node read them; start the node anew to "
+            "serve the new ones"
+        )
     files = open_checkpoint(model_dir)
     _check_names(shape, files)
+    begin_filling(buffer)
+    parts = locate(files, shape, dtype)
+    read_parts(buffer, parts, shape=shape, dtype=dtype, threads=threads, progress=progress)
+    if fingerprint_of(model_dir) != found:
+        raise WeightError(f"the files in {model_dir} changed while they were read; load them again")
+    manifest = _describe(shape, dtype) | {
+        "fingerprint": found,
+        "sums": digest_of_sums(buffer, slab_layout(shape, dtype)),
+    }
+    complete(buffer, json.dumps(manifest).encode(), shape=shape)
+
+
+def begin_filling(buffer: Buffer) -> None:
+    """From now until `complete` the slab is nobody's to use."""
     _HEAD.pack_into(buffer, 0, MAGIC, VERSION, STATE_FILLING, 0)
-    targets = _views(buffer, shape, dtype)
-    for source in SOURCES[shape.family](shape):
-        tensor = files[source.name].tensor(source.name)
-        if tuple(tensor.shape) != source.shape:
-            raise WeightError(
-                f"tensor {source.name!r} has shape {list(tensor.shape)}, "
-                f"config.json asks for {list(source.shape)}"
-            )
-        targets[source.target].narrow(0, source.row, source.shape[0]).copy_(tensor)
-    manifest = json.dumps(_manifest(model_dir, shape, dtype)).encode()
+
+
+def complete(buffer: Buffer, manifest: bytes, *, shape: ModelShape) -> None:
+    """All tensors and checksums are in place: write the manifest and say so."""
     if _HEAD.size + len(manifest) > slab_header_bytes(shape):
         raise WeightError(
             f"the manifest of {len(manifest)} bytes does not fit into the slab's header"
@@ -72,19 +100,30 @@ def load_into_slab(model_dir: Path, buffer: Buffer, *, shape: ModelShape, dtype:
 def attach(
     buffer: Buffer, *, shape: ModelShape, dtype: DType, fingerprint: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """Zero-copy views of a complete slab's tensors. Raises `WeightError` when the slab is
-    incomplete or holds another model (other layout, dtype, or `fingerprint` if given)."""
+    """Zero-copy views of a complete slab's tensors; touches no page but the head. Raises
+    `WeightError` as `check_manifest` does."""
+    check_manifest(buffer, shape=shape, dtype=dtype, fingerprint=fingerprint)
+    return _views(buffer, shape, dtype)
+
+
+def check_manifest(
+    buffer: Buffer, *, shape: ModelShape, dtype: DType, fingerprint: str | None = None
+) -> bytes:
+    """The manifest as it is stored, if the slab is complete and holds exactly these tensors.
+
+    Raises `WeightError` otherwise: incomplete, other names, offsets, shapes or dtype, or read from
+    other files than those of `fingerprint` if given."""
     _check_size(buffer, shape, dtype)
-    manifest = read_manifest(buffer)
-    expected = [[name, offset] for name, offset in slab_offsets(shape, dtype).items()]
-    found = [[item["name"], item["offset"]] for item in manifest["tensors"]]
-    if manifest["dtype"] != dtype or found != expected:
+    raw = _raw_manifest(buffer)
+    manifest = _parse(raw)
+    expected = _describe(shape, dtype)
+    if {key: manifest.get(key) for key in expected} != expected:
         raise WeightError("the weight slab holds another model or dtype; start the node anew")
-    if fingerprint is not None and manifest["fingerprint"] != fingerprint:
+    if fingerprint is not None and manifest.get("fingerprint") != fingerprint:
         raise WeightError(
             "the checkpoint's files changed since the weight slab was filled; start the node anew"
         )
-    return _views(buffer, shape, dtype)
+    return raw
 
 
 def is_complete(buffer: Buffer) -> bool:
@@ -95,14 +134,7 @@ def is_complete(buffer: Buffer) -> bool:
 
 def read_manifest(buffer: Buffer) -> dict[str, Any]:
     """The manifest of a complete slab; `WeightError` when it is not complete."""
-    magic, version, state, length = _HEAD.unpack_from(buffer, 0)
-    if magic != MAGIC or version != VERSION or state != STATE_COMPLETE:
-        raise WeightError(
-            f"the weight slab is not complete (state {state}): its loader died; "
-            "load the weights again"
-        )
-    manifest: dict[str, Any] = json.loads(bytes(buffer[_HEAD.size : _HEAD.size + length]))
-    return manifest
+    return _parse(_raw_manifest(buffer))
 
 
 def fingerprint_of(model_dir: Path) -> str:
@@ -116,13 +148,34 @@ def fingerprint_of(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def _manifest(model_dir: Path, shape: ModelShape, dtype: DType) -> dict[str, Any]:
+def _raw_manifest(buffer: Buffer) -> bytes:
+    magic, version, state, length = _HEAD.unpack_from(buffer, 0)
+    if magic != MAGIC or version != VERSION or state != STATE_COMPLETE:
+        raise WeightError(
+            f"the weight slab is not complete (state {state}): its loader died; "
+            "load the weights again"
+        )
+    return bytes(buffer[_HEAD.size : _HEAD.size + length])
+
+
+def _parse(manifest: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(manifest)
+    except ValueError as error:
+        raise WeightError(f"the manifest of the weight slab is damaged ({error})") from error
+    if not isinstance(parsed, dict):
+        raise WeightError("the manifest of the weight slab is damaged (not a JSON object)")
+    return parsed
+
+
+def _describe(shape: ModelShape, dtype: DType) -> dict[str, Any]:
+    """What a manifest says of the tensors, as JSON gives it back."""
     offsets = slab_offsets(shape, dtype)
     tensors = [
-        {"name": spec.name, "offset": offsets[spec.name], "shape": spec.shape}
+        {"name": spec.name, "offset": offsets[spec.name], "shape": list(spec.shape)}
         for spec in weight_tensors(shape)
     ]
-    return {"dtype": dtype, "fingerprint": fingerprint_of(model_dir), "tensors": tensors}
+    return {"dtype": dtype, "tensors": tensors}
 
 
 def _views(buffer: Buffer, shape: ModelShape, dtype: DType) -> dict[str, torch.Tensor]:

@@ -21,7 +21,14 @@ class EngineInfo(Record, frozen=True, kw_only=True):
     vocab_size: int
     max_positions: int
     weights_source: str
-    """Where the weights came from: "slab", "disk", "none"."""
+    """Where the weights came from: "slab", "peer:N", "host", "disk", "none"."""
+    weights_seconds: float = 0.0
+    """Until they were in place."""
+    weights_bytes: int = 0
+    """That were moved."""
+    weights_notes: tuple[str, ...] = ()
+    weights_fingerprint: str = ""
+    """Of the files that they were read from."""
     notes: tuple[str, ...] = ()
     """What an operator should read in the start-up plan (chosen kernels, fall-backs and why)."""
 

@@ -23,7 +23,7 @@ from appliance.core.model_shape import (
     ModelShape,
     kv_slab_bytes,
 )
-from appliance.modeling.slab import TORCH_DTYPES
+from appliance.modeling.slab_reading import TORCH_DTYPES
 
 
 class KvPool:

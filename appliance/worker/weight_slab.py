@@ -1,27 +1,43 @@
-"""The worker's side of the node's weight slab: map it, fill it if it is this worker's turn, view
-it.
+"""How a worker comes to its weights at its start.
 
-The node creates an anonymous memory file of `slab_bytes` and hands its descriptor to every worker.
-The first worker fills it from the checkpoint; the others, and every successor, map it in place.
+Two ways (`appliance.core.start.WeightPlan`). Mapped: the node's slab is everybody's; the first
+worker fills it from the checkpoint, the others, and every successor, map it in place. Copied: the
+worker has a slab of its own in the node's keeping, finds it complete if a predecessor filled it, or
+fills it from the best source (`appliance.worker.weight_sources`); the first worker of a node fills
+the node's slab on the way, which stays as the copy in host memory.
+
+Mapping costs the same whatever the size: the head is read, every tensor is a view, no other page is
+touched.
 """
 
+import logging
 import mmap
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from appliance.core.model_shape import DType, ModelShape, slab_bytes
+from appliance.core.model_shape import DType, ModelShape, slab_layout
+from appliance.core.start import WeightPlan
 from appliance.modeling.errors import WeightError
-from appliance.modeling.slab import (
-    attach,
-    fingerprint_of,
-    is_complete,
-    load_into_slab,
-    read_manifest,
+from appliance.modeling.parallel import Progress
+from appliance.modeling.slab import attach, fingerprint_of, is_complete, read_manifest
+from appliance.worker.weight_sources import (
+    DiskSource,
+    Received,
+    Receiver,
+    SlabSource,
+    WeightSource,
+    no_fault,
+    receive,
 )
+
+log = logging.getLogger(__name__)
+
+HOST = "host"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,35 +46,143 @@ class MappedWeights:
 
     tensors: dict[str, torch.Tensor]
     source: str
-    """"disk" when this worker read the checkpoint, "slab" when the slab was complete."""
+    """"slab" when the slab was complete, else where the bytes came from: "peer:N", "host",
+    "disk"."""
     seconds: float
+    num_bytes: int
+    """That were moved; 0 when the slab was complete."""
+    notes: tuple[str, ...]
+    fingerprint: str
 
 
-def open_weights(
-    fd: int, *, model_dir: Path, shape: ModelShape, dtype: DType, load: str = "never"
-) -> MappedWeights:
-    """Map the slab behind `fd` (which may be closed afterwards).
+@dataclass(frozen=True, kw_only=True)
+class WeightRequest:
+    """What a worker wants and may do for it."""
 
-    `load` "if_needed" fills an empty, half-filled or outdated slab from `model_dir`; "never"
-    demands a complete one. Raises `WeightError` naming cause and fix."""
-    started = time.monotonic()
-    num_bytes = slab_bytes(shape, dtype)
+    model_dir: Path
+    shape: ModelShape
+    dtype: DType
+    plan: WeightPlan = field(default_factory=WeightPlan)
+    load: bool = False
+    """It may fill the node's slab from `model_dir`, if that is empty, half-filled or outdated."""
+    seed: int = 0
+    """Draws the sample of checksums."""
+    reach: Callable[[str], None] = no_fault
+
+
+def open_weights(fds: Sequence[int], request: WeightRequest) -> MappedWeights:
+    """Weights behind `fds` (this worker's slab, then those of `request.plan.sources`), which may be
+    closed afterwards. Raises `WeightError` naming cause and fix."""
+    began = time.monotonic()
+    layout = slab_layout(request.shape, request.dtype)
+    received = _own(fds, request) if request.plan.own else _shared(fds[0], request)
+    readable = memoryview(
+        mmap.mmap(_checked(fds[0], layout.total), layout.total, mmap.MAP_SHARED, mmap.PROT_READ)
+    )
+    tensors = attach(readable, shape=request.shape, dtype=request.dtype)
+    seconds = time.monotonic() - began
+    notes = received.notes if received is not None else ()
+    num_bytes = 0 if received is None else layout.total
+    if received is not None:
+        log.info(
+            "weights are in place",
+            extra={"source": received.source, "seconds": seconds, **_pace(num_bytes, seconds)},
+        )
+    for note in notes:
+        log.info("%s", note)
+    return MappedWeights(
+        tensors=tensors,
+        source="slab" if received is None else received.source,
+        seconds=seconds,
+        num_bytes=num_bytes,
+        notes=notes,
+        fingerprint=str(read_manifest(readable)["fingerprint"]),
+    )
+
+
+def _shared(fd: int, request: WeightRequest) -> Received | None:
+    """The node's slab, to be mapped; None if nothing had to be moved."""
+    return _load(fd, request) if request.load else None
+
+
+def _own(fds: Sequence[int], request: WeightRequest) -> Received | None:
+    """A slab of this worker's own; None if a predecessor left it complete."""
+    plan = request.plan
+    if len(fds) != 1 + len(plan.sources):
+        raise WeightError(f"{len(plan.sources)} sources of weights, {len(fds) - 1} descriptors")
+    receiver = _receiver(fds[0], request)
+    if is_complete(receiver.view) and _fingerprint(receiver.view) == _wanted(request):
+        return None
+    from_disk = None
+    if request.load and HOST in plan.sources:
+        from_disk = _load(fds[1 + plan.sources.index(HOST)], request)
+    sources: list[WeightSource] = [
+        SlabSource(name, fd) for name, fd in zip(plan.sources, fds[1:], strict=True)
+    ]
+    received = receive(receiver, [*sources, DiskSource(request.model_dir)])
+    if from_disk is None:
+        return received
+    return Received(
+        source=f"{from_disk.source} through {received.source}",
+        notes=(*from_disk.notes, *received.notes),
+        seconds=from_disk.seconds + received.seconds,
+    )
+
+
+def _load(fd: int, request: WeightRequest) -> Received | None:
+    """Fill the node's slab from disk, unless it is complete and current."""
+    receiver = _receiver(fd, request)
+    if is_complete(receiver.view) and _fingerprint(receiver.view) == _wanted(request):
+        return None
+    source = DiskSource(request.model_dir)
+    began = time.monotonic()
+    source.fill(receiver)  # the only one there is: its error is the one to see
+    return Received(source=source.name, notes=(), seconds=time.monotonic() - began)
+
+
+def _receiver(fd: int, request: WeightRequest) -> Receiver:
+    num_bytes = slab_layout(request.shape, request.dtype).total
+    writable = mmap.mmap(
+        _checked(fd, num_bytes), num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
+    )
+    return Receiver(
+        view=memoryview(writable),
+        shape=request.shape,
+        dtype=request.dtype,
+        fingerprint=request.plan.fingerprint,
+        threads=request.plan.threads,
+        full_check=request.plan.full_check,
+        seed=request.seed,
+        reach=request.reach,
+        progress=_logging,
+    )
+
+
+def _checked(fd: int, num_bytes: int) -> int:
     available = os.fstat(fd).st_size
     if available < num_bytes:
         raise WeightError(f"the weight slab has {available} bytes, the model needs {num_bytes}")
-    source = "slab"
-    if load == "if_needed":
-        writable = memoryview(
-            mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        )
-        if not _is_current(writable, model_dir):
-            load_into_slab(model_dir, writable, shape=shape, dtype=dtype)
-            source = "disk"
-        del writable
-    readable = memoryview(mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
-    tensors = attach(readable, shape=shape, dtype=dtype)
-    return MappedWeights(tensors=tensors, source=source, seconds=time.monotonic() - started)
+    return fd
 
 
-def _is_current(view: memoryview, model_dir: Path) -> bool:
-    return is_complete(view) and read_manifest(view)["fingerprint"] == fingerprint_of(model_dir)
+def _wanted(request: WeightRequest) -> str:
+    """The fingerprint that a slab must have to be current."""
+    return request.plan.fingerprint or fingerprint_of(request.model_dir)
+
+
+def _fingerprint(view: memoryview) -> str:
+    return str(read_manifest(view).get("fingerprint"))
+
+
+def _logging(source: str) -> Progress:
+    """Progress as log lines."""
+
+    def progress(done: int, total: int, seconds: float) -> None:
+        words = {"source": source, "done": f"{done / total:.0%}", **_pace(done, seconds)}
+        log.info("weights are coming", extra=words)
+
+    return progress
+
+
+def _pace(num_bytes: int, seconds: float) -> dict[str, object]:
+    return {"bytes": num_bytes, "gb_per_second": round(num_bytes / max(seconds, 1e-9) / 1e9, 2)}
