@@ -12,14 +12,24 @@ holds it is finished. Plans are made without knowing token values, so a stop is 
 `depth` steps late; what those steps sampled is dropped (`is_live` is False) and the answer is the
 same at each depth. The end for length is known in advance and costs nothing.
 
-Reports that no step carries come from `handle`, with a `Heartbeat` that has the load if it changed.
+Reports that no step carries come from the other calls, with a `Heartbeat` that has the load if it
+changed.
+
+Sequences and cached blocks move between workers (`docs/moves.md`). The source's side is the
+`Exporter`'s, the target's the `Importer`'s, blocks by content the `Fetcher`'s. After *every* call
+the shell takes what was said to others, in this order: it sends the reports to the node, writes
+`drain_index` to the shared index, starts `drain_copies` and `drain_fetches`, sends `drain_peer`.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from appliance.core.accepting import limit_of, why_not
 from appliance.core.blocks import BlockLedger
 from appliance.core.committing import Committer, ProtocolError
+from appliance.core.exporting import Exporter
+from appliance.core.fetching import Fetcher
+from appliance.core.importing import Importer
 from appliance.core.messages import (
     Abort,
     Aborted,
@@ -33,6 +43,7 @@ from appliance.core.messages import (
     Pull,
     Refused,
     Release,
+    Released,
     Report,
     Resume,
     RoleChanged,
@@ -41,13 +52,33 @@ from appliance.core.messages import (
     StepReported,
     Wake,
 )
+from appliance.core.peer import (
+    Asked,
+    CopyDone,
+    CopyJob,
+    Dropped,
+    FetchDone,
+    FetchJob,
+    IndexChanges,
+    Inherited,
+    Offered,
+    PeerMessage,
+    Taken,
+    Withdrawn,
+)
+from appliance.core.peer_mail import PeerMail
 from appliance.core.planning import Planner
+from appliance.core.roles import RolePreset, preset
 from appliance.core.sequence import OVER, LiveSequence, Queues, SeqState
 from appliance.core.slots import BatchSlots
 from appliance.core.types import (
     BatcherConfig,
+    BlockHash,
+    BlockId,
     CacheGroupSpec,
     ErrorKind,
+    MoveId,
+    Request,
     RequestId,
     Role,
     StepPlan,
@@ -69,7 +100,11 @@ class _Outstanding:
 
 
 class Batcher:
-    """One worker's queue, batch and blocks. `queues` and `ledger` are for reading (laws, views)."""
+    """One worker's queue, batch and blocks. `queues`, `ledger`, `exporter`, `importer` and
+    `fetcher` are for reading (laws, views).
+
+    `inherited`: what a predecessor left in the pool (one paged group only). `checksum`: of a block
+    of this worker's pool, for copies that are checked; None: they are not."""
 
     def __init__(
         self,
@@ -78,14 +113,34 @@ class Batcher:
         *,
         groups: Sequence[CacheGroupSpec],
         policy: BatchSlots,
+        role: Role = Role.MIXED,
+        inherited: Inherited | None = None,
+        checksum: Callable[[BlockId], int] | None = None,
     ) -> None:
         self.worker = worker
         self.config = config
-        self.ledger = BlockLedger(groups, prefix_cache=config.enable_prefix_cache)
-        self.queues = Queues(config, self.ledger)
+        self.role = role
+        self.role_epoch = 0
+        self.ledger = BlockLedger(
+            groups, prefix_cache=config.enable_prefix_cache, inherited=inherited
+        )
+        self.queues = queues = Queues(config, self.ledger)
         self._reports: list[Report] = []
-        self._planner = Planner(worker, self.queues, policy=policy, reports=self._reports)
-        self._committer = Committer(worker, self.queues, reports=self._reports)
+        self._mail = PeerMail()
+        reports, mail = self._reports, self._mail
+        self.exporter = Exporter(worker, queues, mail=mail, reports=reports, checksum=checksum)
+        self.importer = Importer(worker, queues, mail=mail, reports=reports)
+        self.fetcher = Fetcher(worker, queues, reports=reports)
+        self._planner = Planner(
+            worker,
+            queues,
+            policy=policy,
+            importer=self.importer,
+            fetcher=self.fetcher,
+            preset=preset(role, config),
+            reports=reports,
+        )
+        self._committer = Committer(worker, queues, reports=reports)
         self._outstanding: deque[_Outstanding] = deque()
         self._last_planned = 0
         self._last_finished = 0
@@ -96,16 +151,26 @@ class Batcher:
     # --- what the shell may ask -----------------------------------------------------------------
 
     def is_live(self, request_id: RequestId) -> bool:
-        """Whether tokens of this sequence still count. False for one that is unknown, aborted or
-        finished: the shell drops what a step sampled for it."""
+        """Whether tokens of this sequence still count, or may again (it is held). False for one
+        that is unknown, aborted, finished, or has not arrived yet: the shell drops what a step
+        sampled for it."""
         seq = self.queues.by_id.get(request_id)
         return seq is not None and seq.state not in OVER
 
     def has_work(self) -> bool:
-        """Whether some sequence still has tokens to get. With no plan outstanding, `next_step` then
-        gives one (if the policy grants anything)."""
+        """Whether some sequence that is not held and waits for no copy has tokens to get. With no
+        plan outstanding, `next_step` then gives one, if the policy grants anything and the blocks
+        are not leased or being copied."""
         queues = self.queues
-        return len(queues.by_id) > queues.num_over
+        idle = queues.num_over + queues.num_held
+        if self.fetcher.busy:
+            idle += self.fetcher.num_blocked
+        return len(queues.by_id) > idle
+
+    def request_of(self, move: MoveId) -> RequestId | None:
+        """Whose KV this move moves; None when it is not known here (any more)."""
+        moved = self.exporter.of_move(move) or self.importer.of_move(move)
+        return None if moved is None else moved.seq.id
 
     @property
     def num_outstanding(self) -> int:
@@ -118,9 +183,8 @@ class Batcher:
             yield from entry.seqs
 
     def next_wakeup(self) -> float | None:
-        """When to ask again though nothing happens: never, no rule of a Batcher waits for a
-        time."""
-        return None
+        """When to call `wake` though nothing happens (a lease ends); None: never."""
+        return self.exporter.next_deadline
 
     def load(self) -> WorkerLoad:
         """Blocks of all cache groups together, and the queues, as of now."""
@@ -141,37 +205,64 @@ class Batcher:
 
     def handle(self, command: Command, now: float) -> list[Report]:
         """Obey a command or answer `Refused`. Raises `ProtocolError` for one that is not for this
-        worker, or that assigns what is already here."""
+        worker, or that brings what is already here."""
         if command.worker != self.worker:
             raise ProtocolError(f"worker {self.worker} was handed {command}")
+        before = self.load()
+        reports: list[Report] = []
         match command:
             case Assign():
-                return self._assign(command, now)
+                reports = self._assign(command)
             case Abort():
-                return self._abort(command.request_id, now)
-            case SetRole(role=Role.MIXED, epoch=epoch):
-                return [RoleChanged(worker=self.worker, role=Role.MIXED, epoch=epoch)]
-            case SetRole(role=role):
-                return [self._refused(command, f"role {role} is not served here, only mixed")]
+                reports = self._abort(command.request_id)
+            case Pull():
+                reports = self._pull(command)
+            case Migrate():
+                reports = self._migrate(command)
+            case Resume(move=move, request_id=id_):
+                if not self.exporter.resume(move) and not self.is_live(id_):
+                    reports = [self._refused(command, "this sequence is gone", request_id=id_)]
+            case Release(move=move, request_id=id_):
+                reports = [Released(worker=self.worker, move=move, request_id=id_)]
+                if not self.exporter.release(move):
+                    reports = [self._refused(command, "it has not stopped", request_id=id_)]
+            case SetRole():
+                reports = self._set_role(command)
             case SetBudget(prefill_tokens=tokens, max_decodes=decodes):
                 if tokens < 1 or decodes < 1:
                     reason = f"prefill_tokens {tokens} and max_decodes {decodes} must be at least 1"
-                    return [self._refused(command, reason)]
-                self._planner.prefill_tokens = tokens
-                self._planner.max_decodes = decodes
-                return []
-            case Park():
-                self._parked = True
-                return []
-            case Wake():
-                self._parked = False
-                return []
-            case Pull(request=request):
-                return [self._refused(command, "KV is not pulled here", request_id=request.id)]
-            case Migrate(request_id=id_) | Release(request_id=id_) | Resume(request_id=id_):
-                return [self._refused(command, "KV is not handed over here", request_id=id_)]
+                    reports = [self._refused(command, reason)]
+                else:
+                    self._planner.bounds = RolePreset(
+                        prefill_tokens=tokens, beside_decodes=tokens, max_decodes=decodes
+                    )
+            case Park() | Wake():
+                self._parked = isinstance(command, Park)
             case LoadWeights():
-                return [self._refused(command, "weights are loaded once, when the worker starts")]
+                reason = "weights are loaded once, when the worker starts"
+                reports = [self._refused(command, reason)]
+        return self._answer(reports, before, now)
+
+    def _answer(self, reports: list[Report], before: WorkerLoad, now: float) -> list[Report]:
+        """`reports`, what has become possible by what they are about, and the load if it has
+        changed."""
+        if self.exporter.busy:
+            self.exporter.settle(now)
+        if self.importer.busy:
+            self.importer.settle(now)
+        reports += self._reports
+        self._reports.clear()
+        if self.load() != before:
+            reports.append(self._heartbeat(now))
+        return reports
+
+    def _set_role(self, command: SetRole) -> list[Report]:
+        if command.epoch < self.role_epoch:
+            reason = f"role epoch {command.epoch} is over, {self.role_epoch} is in service"
+            return [self._refused(command, reason)]
+        self.role, self.role_epoch = command.role, command.epoch
+        self._planner.bounds = preset(command.role, self.config)
+        return [RoleChanged(worker=self.worker, role=command.role, epoch=command.epoch)]
 
     def _refused(
         self,
@@ -197,90 +288,167 @@ class Batcher:
             worker=self.worker, step=self._last_finished, in_step=in_step, load=self.load()
         )
 
-    def _assign(self, command: Assign, now: float) -> list[Report]:
+    def _assign(self, command: Assign) -> list[Report]:
         request = command.request
-        present = self.queues.by_id.get(request.id)
-        if present is not None:
-            raise ProtocolError(f"worker {self.worker} was assigned twice: {present.story()}")
-        limit = min(request.prompt_tokens + request.max_tokens, self.config.max_model_len)
-        refusal = self._why_not(command, limit)
+        refusal = self._why_not(request, command.emitted_tokens)
         if refusal is not None:
             kind, reason = refusal
             return [self._refused(command, reason, kind=kind, request_id=request.id)]
+        seq = self._new_sequence(request, command.emitted_tokens)
+        leader = self.queues.leader_to_wait_for(seq)
+        if leader is not None:
+            self.fetcher.refuse(command, "it waits for the leader of its group")
+        elif self.fetcher.begin(command, seq):
+            return []
+        self.queues.enter(seq, leader)
+        return []
+
+    def _pull(self, command: Pull) -> list[Report]:
+        request = command.request
+        refusal = self._why_not(request, command.emitted_tokens)
+        if not self.ledger.is_paged:
+            refusal = ErrorKind.INTERNAL, "only workers with one paged cache group exchange KV"
+        if refusal is not None:
+            kind, reason = refusal
+            self.importer.turn_away(command, reason)
+            return [self._refused(command, reason, kind=kind, request_id=request.id)]
+        self.importer.begin(command, self._new_sequence(request, command.emitted_tokens))
+        return []
+
+    def _migrate(self, command: Migrate) -> list[Report]:
+        seq = self.queues.by_id.get(command.request_id)
+        reason = ""
+        if seq is None or seq.state in OVER:
+            reason = "this sequence is not here"
+        elif not self.ledger.is_paged:
+            reason = "only workers with one paged cache group exchange KV"
+        elif self.exporter.of_request(seq.id) is not None:
+            reason = "it is moving already"
+        if seq is None or reason:
+            self.exporter.turn_away(command, reason)
+            return [self._refused(command, reason, request_id=command.request_id)]
+        self.exporter.begin(command, seq)
+        return []
+
+    def _new_sequence(self, request: Request, emitted_tokens: int) -> LiveSequence:
         self._tickets += 1
-        seq = LiveSequence(
+        return LiveSequence(
             request,
-            emitted_tokens=command.emitted_tokens,
-            limit=limit,
+            emitted_tokens=emitted_tokens,
+            limit=limit_of(request, self.config),
             ticket=self._tickets,
             block_tokens=self.ledger.block_tokens,
         )
-        self.queues.enter(seq, self._leader_to_wait_for(seq))
-        return [self._heartbeat(now)]
 
-    def _why_not(self, command: Assign, limit: int) -> tuple[ErrorKind, str] | None:
-        request = command.request
-        prompt, known = request.prompt_tokens, request.prompt_tokens + command.emitted_tokens
+    def _why_not(self, request: Request, emitted_tokens: int) -> tuple[ErrorKind, str] | None:
+        """Why this sequence cannot be served here, if so. Raises `ProtocolError` if it is being
+        served already."""
+        present = self.queues.by_id.get(request.id)
+        if present is not None:
+            raise ProtocolError(f"worker {self.worker} was given twice: {present.story()}")
+        if self.importer.of_request(request.id) or self.fetcher.of_request(request.id):
+            raise ProtocolError(f"worker {self.worker} was given twice: request {request.id}")
         if self._parked:
             return ErrorKind.NO_WORKER, f"worker {self.worker} is parked"
-        if prompt < 1 or request.max_tokens < 1:
-            return ErrorKind.INTERNAL, (
-                f"prompt_tokens {prompt} and max_tokens {request.max_tokens} must be at least 1"
-            )
-        if prompt >= self.config.max_model_len:
-            return ErrorKind.TOO_LONG, (
-                f"the prompt has {prompt} tokens; with max_model_len "
-                f"{self.config.max_model_len} it may have {self.config.max_model_len - 1}"
-            )
-        if known >= limit:
-            return ErrorKind.INTERNAL, (
-                f"{command.emitted_tokens} tokens were emitted already, "
-                f"{limit - prompt} are allowed: nothing is left to do"
-            )
-        if len(request.prefix_hashes) > known // self.ledger.block_tokens:
-            return ErrorKind.INTERNAL, (
-                f"{len(request.prefix_hashes)} prefix_hashes for {known} tokens in blocks of "
-                f"{self.ledger.block_tokens}"
-            )
-        lacking = self.ledger.lacking(limit - 1)
-        if lacking is not None:
-            spec, needed = lacking
-            return ErrorKind.TOO_LONG, (
-                f"prompt ({prompt} tokens) and max_tokens ({request.max_tokens}) need {needed} "
-                f"blocks of {spec.block_tokens} tokens in cache group {spec.name!r}, there are "
-                f"{spec.num_blocks}; lower max_tokens or give the worker more KV memory"
-            )
-        return None
+        return why_not(request, emitted_tokens, config=self.config, ledger=self.ledger)
 
-    def _leader_to_wait_for(self, seq: LiveSequence) -> LiveSequence | None:
-        """The leader of its n > 1 group, if blocks of the prompt will be there to share that are
-        not yet. A leader that is not here (any more) is not waited for."""
-        group = seq.request.group
-        if group is None or group == seq.id or not self.config.enable_prefix_cache:
-            return None
-        leader = self.queues.by_id.get(group)
-        if leader is None or leader.state in OVER:
-            return None
-        shared = min(seq.num_shared, leader.num_shared) * self.ledger.block_tokens
-        return leader if leader.num_done < shared else None
-
-    def _abort(self, request_id: RequestId, now: float) -> list[Report]:
+    def _abort(self, request_id: RequestId) -> list[Report]:
         queues = self.queues
+        if self.importer.abort(request_id) or self.fetcher.abort(request_id):
+            return []
         seq = queues.by_id.get(request_id)
-        if seq is None:
+        if seq is None or self.exporter.abort(request_id):
             return [Aborted(worker=self.worker, request_id=request_id)]
         if seq.num_outstanding:
             seq.answer_abort = True
             if seq.state not in OVER:
                 queues.end(seq, SeqState.CANCELLED)
-            return [self._heartbeat(now)]
+            return []
         if seq.state in (SeqState.BLOCKED, SeqState.WAITING):
             queues.forget_queued(seq)
         else:
             queues.end(seq, SeqState.CANCELLED)
             queues.running.remove(seq)
             queues.forget_over(seq)
-        return [Aborted(worker=self.worker, request_id=request_id), self._heartbeat(now)]
+        return [Aborted(worker=self.worker, request_id=request_id)]
+
+    # --- moves ----------------------------------------------------------------------------------
+
+    def hear_peer(
+        self,
+        peer: WorkerId,
+        message: PeerMessage,
+        now: float,
+        *,
+        hashes: Sequence[BlockHash] = (),
+    ) -> list[Report]:
+        """A peer speaks. `hashes`, with a final offer: names of all full blocks of the known tokens
+        (the prompt's and those of the payload), in order; empty without a prefix cache."""
+        before = self.load()
+        match message:
+            case Asked() | Taken() | Dropped():
+                self.exporter.hear(peer, message, now)
+            case Offered() | Withdrawn():
+                self.importer.hear(peer, message, now, hashes=hashes)
+        return self._answer([], before, now)
+
+    def peer_lost(self, peer: WorkerId, now: float) -> list[Report]:
+        """The process of this peer is gone, or cannot be reached: imports from it fail unless their
+        final offer is here, exports to it end; what has stopped for it waits for the node. Its
+        copies still end with a `CopyDone`."""
+        before = self.load()
+        self._mail.forget(peer)
+        self.exporter.lose(peer)
+        self.importer.lose(peer)
+        return self._answer([], before, now)
+
+    def copied(self, done: CopyDone, now: float) -> list[Report]:
+        """A `CopyJob` has ended. Raises `ProtocolError` if none of its move was under way."""
+        before = self.load()
+        if not self.importer.copied(done):
+            raise ProtocolError(f"a copy ended that was not under way: {done}")
+        return self._answer([], before, now) + self._cache_changes()
+
+    def fetched(self, done: FetchDone, now: float) -> list[Report]:
+        """A `FetchJob` has ended. Raises `ProtocolError` if it was not under way."""
+        before = self.load()
+        if not self.fetcher.fetched(done):
+            raise ProtocolError(f"a fetch ended that was not under way: {done}")
+        return self._answer([], before, now) + self._cache_changes()
+
+    def wake(self, now: float) -> list[Report]:
+        """Look at the time: end leases. To be called once `next_wakeup` has come, steps or not."""
+        before = self.load()
+        self.exporter.expire(now)
+        return self._answer([], before, now)
+
+    def announce(self) -> list[Report]:
+        """What the pool holds from before, to be said once after `WorkerUp`."""
+        return self._cache_changes()
+
+    def drain_peer(self) -> list[tuple[WorkerId, PeerMessage]]:
+        """What is to be sent to peers since the last call, after the reports of the same call."""
+        return self._mail.drain()
+
+    def drain_copies(self) -> list[CopyJob]:
+        """Copies to be made since the last call, each answered by `copied`; those of one move in
+        their order."""
+        return self.importer.drain_copies()
+
+    def drain_fetches(self) -> list[FetchJob]:
+        """Fetches to be made since the last call, each answered by `fetched`."""
+        return self.fetcher.drain_fetches()
+
+    def drain_index(self) -> IndexChanges:
+        """What the shared index must say, since the last call: to be written before the next step
+        is executed and before the copies that were drained with it begin."""
+        return self.ledger.drain_index()
+
+    def _cache_changes(self) -> list[Report]:
+        added, removed = self.ledger.drain_changes()
+        if not added and not removed:
+            return []
+        return [CacheChanged(worker=self.worker, added=added, removed=removed)]
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -310,6 +478,10 @@ class Batcher:
         entry = self._outstanding.popleft()
         tally = self._committer.commit(entry.plan, entry.seqs, result=result, now=now)
         self._last_finished, self._last_finished_at = result.step, now
+        if self.exporter.busy:
+            self.exporter.settle(now)
+        if self.importer.busy:
+            self.importer.settle(now)
         step = StepReported(
             worker=self.worker,
             step=result.step,
@@ -321,9 +493,6 @@ class Batcher:
             finished=tuple(tally.finished),
             load=self.load(),
         )
-        reports = [step, *self._reports]
+        reports = [step, *self._reports, *self._cache_changes()]
         self._reports.clear()
-        added, removed = self.ledger.drain_changes()
-        if added or removed:
-            reports.append(CacheChanged(worker=self.worker, added=added, removed=removed))
         return reports

@@ -18,6 +18,7 @@ when it says so, and that a table is closed only when no planned step can touch 
 
 from collections.abc import Mapping, Sequence
 
+from appliance.core.peer import IndexChanges, Inherited
 from appliance.core.pool import GroupCounts, Pool
 from appliance.core.types import BlockHash, BlockId, CacheGroupSpec, Record, RequestId
 
@@ -86,15 +87,39 @@ def _check(groups: Sequence[CacheGroupSpec]) -> None:
             )
 
 
+def _usable(
+    inherited: Inherited, groups: Sequence[CacheGroupSpec], *, prefix_cache: bool
+) -> Inherited:
+    sizes = {len(inherited.generations), len(inherited.names)}
+    if len(groups) != 1 or groups[0].kind != "paged" or sizes != {groups[0].num_blocks}:
+        raise LedgerError(
+            f"inherited {sizes} blocks for {[spec.num_blocks for spec in groups]} of kinds "
+            f"{[spec.kind for spec in groups]}: only one paged group of the same size is inherited"
+        )
+    if prefix_cache:
+        return inherited
+    nothing = (0,) * len(inherited.names)
+    return Inherited(generations=inherited.generations, names=nothing)
+
+
 class BlockLedger:
     """The blocks of one worker. Raises `UnsupportedCacheGroup` for groups it does not keep.
 
-    With `prefix_cache` off nothing becomes findable. `pools` is read by the laws; nobody else
-    moves a block but through the methods here."""
+    With `prefix_cache` off nothing becomes findable. `inherited` says what a predecessor left in
+    the pool of the one paged group (`LedgerError` if there are other groups, or other blocks).
+    `pools` is read by the laws; nobody else moves a block but through the methods here."""
 
-    def __init__(self, groups: Sequence[CacheGroupSpec], *, prefix_cache: bool = True) -> None:
+    def __init__(
+        self,
+        groups: Sequence[CacheGroupSpec],
+        *,
+        prefix_cache: bool = True,
+        inherited: Inherited | None = None,
+    ) -> None:
         _check(groups)
-        self.pools = tuple(Pool(spec) for spec in groups)
+        if inherited is not None:
+            inherited = _usable(inherited, groups, prefix_cache=prefix_cache)
+        self.pools = tuple(Pool(spec, inherited) for spec in groups)
         self.block_tokens = groups[0].block_tokens
         self.prefix_cache = prefix_cache
         self._windows = tuple(pool for pool in self.pools if pool.window is not None)
@@ -115,6 +140,11 @@ class BlockLedger:
     def num_total(self) -> int:
         """Blocks of the group with the fewest."""
         return min(pool.spec.num_blocks for pool in self.pools)
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether there is one cache group, and a paged one: only then can blocks be copied."""
+        return len(self.pools) == 1 and not self._windows
 
     @property
     def has_windows(self) -> bool:
@@ -149,6 +179,11 @@ class BlockLedger:
         removed = tuple(content for content, present in changes.items() if not present)
         changes.clear()
         return added, removed
+
+    def drain_index(self) -> IndexChanges:
+        """What the shared index of the pool must say since the last call (of several groups, the
+        first paged one's)."""
+        return self._advertised.drain_index()
 
     # --- what would be needed -------------------------------------------------------------------
 
@@ -311,6 +346,24 @@ class BlockLedger:
             for block in blocks:
                 pool.pin(block)
         self._leases[request_id] = Lease(blocks=pinned, deadline=deadline)
+
+    def reopen(self, request_id: RequestId, num_named: int) -> BlockTable:
+        """End a lease and give its blocks back as the table they were, of which the first
+        `num_named` were offered as findable. Raises `LedgerError` when there is none."""
+        lease = self._leases.get(request_id)
+        if lease is None:
+            raise LedgerError(f"request {request_id} has no lease")
+        table = BlockTable(len(self.pools))
+        table.num_named = num_named
+        table.num_blocks = len(lease.blocks[0])
+        for pool, blocks, leased in zip(self.pools, table.blocks, lease.blocks, strict=True):
+            if pool.window is not None:
+                raise LedgerError(f"a lease of cache group {pool.spec.name!r} is no whole table")
+            for block in leased:
+                pool.own(block)
+            blocks.extend(leased)
+        self.release(request_id)
+        return table
 
     def release(self, request_id: RequestId) -> None:
         """End a lease. Raises `LedgerError` when there is none."""

@@ -139,7 +139,10 @@ class Committer:
         return count
 
     def _let_go(self, seq: LiveSequence, tally: StepTally) -> None:
-        """A stale sequence has left the last planned step: back to the queue, or gone."""
+        """A stale sequence has left the last planned step: back to the queue, or gone. (One that
+        goes to another worker is the exporter's.)"""
+        if seq.state is SeqState.STOPPING:
+            return
         tally.gone = True
         if seq.state is SeqState.PREEMPTED:
             lost = self._queues.requeue(seq)

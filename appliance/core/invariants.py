@@ -124,7 +124,8 @@ class GenerationWatch:
 
 
 def _tables(batcher: Batcher) -> list[BlockTable]:
-    return [seq.table for seq in batcher.queues.running if seq.table is not None]
+    running = [seq.table for seq in batcher.queues.running if seq.table is not None]
+    return [*running, *batcher.importer.tables(), *batcher.fetcher.tables()]
 
 
 def _check_sequence(seq: LiveSequence, *, admitted: bool) -> None:
@@ -144,33 +145,56 @@ def _check_sequence(seq: LiveSequence, *, admitted: bool) -> None:
         _want(0, seq.num_outstanding or seq.num_done == seq.num_computed, story)
 
 
+def _check_moves(batcher: Batcher, held: Sequence[LiveSequence]) -> None:
+    """What goes to other workers and comes from them."""
+    queues = batcher.queues
+    _want(0, len(held) == queues.num_held, "num_held is not their number")
+    exported = {seq.id for seq in batcher.exporter.held()}
+    _want(0, exported == {seq.id for seq in held}, f"held are {held}, leases of {exported}")
+    _want(0, exported <= set(batcher.ledger.leases), "somebody is held without a lease")
+    for seq in held:
+        _want(0, seq.table is None and not seq.num_outstanding, seq.story())
+        known = seq.request.prompt_tokens + seq.num_emitted
+        _want(0, seq.num_done == seq.num_computed < seq.num_known == known, seq.story())
+    stopping = sum(seq.state is SeqState.STOPPING for seq in queues.running)
+    _want(0, stopping == queues.num_stopping, "num_stopping is not their number")
+    reserved = batcher.importer.num_reserved
+    _want(0, reserved == queues.num_reserved, f"{queues.num_reserved} slots for {reserved}")
+
+
 def law_0_books_agree(batcher: Batcher) -> None:
     """Every sequence is in one place, every sum is the sum of its parts, and what a planned step
     touches is still held."""
     queues = batcher.queues
     blocked = [seq for seq in queues.by_id.values() if seq.state is SeqState.BLOCKED]
-    everyone = [*queues.waiting, *queues.running, *blocked]
+    held = [seq for seq in queues.by_id.values() if seq.state is SeqState.HELD]
+    everyone = [*queues.waiting, *queues.running, *blocked, *held]
     _want(0, {seq.id for seq in everyone} == set(queues.by_id), "queues and ids differ")
     _want(0, len(everyone) == len(queues.by_id), "a sequence is in two places")
     _want(0, len(blocked) == queues.num_blocked, "num_blocked is not their number")
     for seq in blocked:
+        if batcher.fetcher.of_request(seq.id) is not None:
+            _want(0, seq.leader is None, f"waits for two things; {seq.story()}")
+            continue
         _want(0, seq.leader is not None and seq in seq.leader.followers, seq.story())
         _want(0, seq.leader is not None and batcher.is_live(seq.leader.id), "waits for a ghost")
+    _check_moves(batcher, held)
     for seq in queues.waiting:
         _want(0, seq.state is SeqState.WAITING, seq.story())
     orders = [seq.order for seq in queues.waiting]
     _want(0, orders == sorted(orders), "the queue is out of order")
     for seq in everyone:
-        _check_sequence(seq, admitted=seq in queues.running)
+        if seq.state is not SeqState.HELD:
+            _check_sequence(seq, admitted=seq in queues.running)
     stale = {seq.id for seq in queues.running if seq.state is not SeqState.RUNNING}
     _want(0, stale == queues.stale, f"stale says {queues.stale}, found {stale}")
     stuck = [seq.story() for seq in queues.running if seq.id in stale and not seq.num_outstanding]
     _want(0, not stuck, f"nothing will free {stuck}")
     over = [seq for seq in queues.running if seq.state in OVER]
     _want(0, len(over) == queues.num_over, "num_over is not their number")
-    backlog = sum(seq.backlog for seq in everyone if seq.state not in OVER)
+    backlog = sum(seq.backlog for seq in everyone if seq.state not in (*OVER, SeqState.HELD))
     _want(0, backlog == queues.backlog_tokens, f"backlog {queues.backlog_tokens}, is {backlog}")
-    running = len(queues.running) - len(stale)
+    running = len(queues.running) - len(stale) + queues.num_stopping + queues.num_reserved
     _want(0, running <= batcher.config.max_num_seqs, f"{running} sequences run")
     for seq in batcher.planned_sequences():
         _want(0, seq.table is not None, f"a planned step lost its blocks; {seq.story()}")
@@ -179,10 +203,11 @@ def law_0_books_agree(batcher: Batcher) -> None:
 
 
 def law_8_work_conserving(batcher: Batcher, plan: StepPlan | None) -> None:
-    """Given what `next_step` just answered: with work and nothing outstanding there is a plan."""
+    """Given what `next_step` just answered: with work and nothing outstanding there is a plan,
+    unless blocks are leased or being copied (both come to an end by themselves)."""
     idle = plan is None and batcher.num_outstanding == 0
-    leased = batcher.ledger.leases
-    _want(8, not (idle and batcher.has_work() and not leased), "idle with runnable work")
+    lent = batcher.ledger.leases or batcher.importer.copying or batcher.fetcher.busy
+    _want(8, not (idle and batcher.has_work() and not lent), "idle with runnable work")
 
 
 class BatchWatch:

@@ -4,9 +4,9 @@ The *target* of a move pulls; the *source* only says what is ready. Over the doo
 two, without the server::
 
     target                                   source
-      Asked(num_blocks)  ----------------->    room is reserved; these blocks are there already
+      Asked(num_blocks, room)  ----------->    room is reserved; these blocks are there already
       <----------------------  Offered(first, blocks, ...)   as blocks become complete
-      Taken(num_blocks)  ----------------->    copied and verified
+      Taken(num_blocks, room)  ----------->    copied and verified; there is room for so many
       <----------------------  Offered(final=True)   stopped; the rest, and what was emitted
     or, at any time
       <----------------------  Withdrawn(reason)     it ended here, was preempted, or goes on here
@@ -23,10 +23,12 @@ from appliance.core.types import BlockHash, BlockId, MoveId, Record, RequestId, 
 
 
 class Asked(Tagged, frozen=True, kw_only=True):
-    """Blocks are reserved at the target; its cache holds the first `num_blocks` already."""
+    """`room` blocks are reserved at the target; its cache holds the first `num_blocks` already.
+    The source does not stop before all that it has fits into the room."""
 
     move: MoveId
     num_blocks: int
+    room: int
 
 
 class Offered(Tagged, frozen=True, kw_only=True):
@@ -34,8 +36,8 @@ class Offered(Tagged, frozen=True, kw_only=True):
 
     `num_tokens` tokens of KV are in place, counted from the first of the sequence. With `final`
     the source has stopped: the last block may be partly filled, and the payload beside the message
-    is the little-endian int32 ids of all tokens emitted so far. `checksums` (test mode) are of
-    whole blocks, in order; empty otherwise."""
+    is the little-endian int32 ids of all tokens emitted so far, of which there are `num_emitted`;
+    `stopped_at` is when. `checksums` (test mode) are of whole blocks, in order; empty otherwise."""
 
     move: MoveId
     first: int
@@ -45,14 +47,17 @@ class Offered(Tagged, frozen=True, kw_only=True):
     final: bool = False
     num_emitted: int = 0
     cached_tokens: int = 0
+    stopped_at: float = 0.0
     checksums: tuple[int, ...] = ()
 
 
 class Taken(Tagged, frozen=True, kw_only=True):
-    """The first `num_blocks` blocks of the sequence are at the target."""
+    """The first `num_blocks` blocks of the sequence are at the target, where there is room for
+    `room` by now."""
 
     move: MoveId
     num_blocks: int
+    room: int
 
 
 class Withdrawn(Tagged, frozen=True, kw_only=True):

@@ -10,15 +10,21 @@ admits what still waits, finds room in the ledger and books what was planned. It
   somebody else its blocks. The victim may be the needy one itself.
 * **Blocks that are about to come back are waited for**: nobody is preempted while stale sequences
   will give back what is missing with the next finished steps.
+* **Who is not here yet gives way.** Blocks reserved for a sequence that is still computed at
+  another worker are taken back before anybody is preempted: it goes on where it is.
 * **Admission never preempts.** A sequence is admitted if its whole prefill fits beside what running
   prefills still need, with one block to grow for each running sequence. When one does not fit, none
   behind it is tried: small requests cannot starve a large one. If nothing runs, the first is
-  admitted whatever the reserve says.
+  admitted whatever the reserve says, and who is not here yet
+  gives way to it.
 """
 
 from collections.abc import Sequence
 
+from appliance.core.fetching import Fetcher
+from appliance.core.importing import Importer
 from appliance.core.messages import Preempted, Report
+from appliance.core.roles import RolePreset
 from appliance.core.sequence import LiveSequence, Queues, SeqState
 from appliance.core.slots import BatchSlots, Grant
 from appliance.core.types import BlockId, Phase, SeqWork, WorkerId
@@ -49,27 +55,40 @@ class Planner:
     sends."""
 
     def __init__(
-        self, worker: WorkerId, queues: Queues, *, policy: BatchSlots, reports: list[Report]
+        self,
+        worker: WorkerId,
+        queues: Queues,
+        *,
+        policy: BatchSlots,
+        importer: Importer,
+        fetcher: Fetcher,
+        preset: RolePreset,
+        reports: list[Report],
     ) -> None:
+        self._importer = importer
+        self._fetcher = fetcher
         self._worker = worker
         self._queues = queues
         self._ledger = queues.ledger
         self._policy = policy
         self._reports = reports
-        self.prefill_tokens = queues.config.max_batch_tokens
-        """Most prefill tokens in a step."""
-        self.max_decodes = queues.config.max_num_seqs
-        """Most sequences in decode in a step."""
+        self.bounds = preset
+        """Of one step."""
         self._nothing: tuple[tuple[BlockId, ...], ...] = tuple(() for _ in self._ledger.pools)
 
     def plan(self, step: int, now: float) -> tuple[list[SeqWork], list[LiveSequence]]:
         """The work of step number `step` and, in the same order, whose it is. Both empty when
         nothing can be planned. Raises `PolicyError`."""
         queues = self._queues
+        queues.head_refused = False
         if queues.waiting:
             self._expect_hits()
         left = queues.config.max_batch_tokens
-        draft = _Draft(step, now, prefill=self.prefill_tokens, decodes=self.max_decodes)
+        bounds = self.bounds
+        prefill = bounds.prefill_tokens
+        if bounds.beside_decodes < prefill and self._decodes():
+            prefill = bounds.beside_decodes
+        draft = _Draft(step, now, prefill=prefill, decodes=bounds.max_decodes)
         grants = self._policy.fill(queues, left, now)
         by_id = queues.by_id
         work: list[SeqWork] = []
@@ -93,10 +112,17 @@ class Planner:
             else:
                 draft.prefill_left -= want
                 if seq.fresh and draft.spare:
-                    self._promise(seq, draft.spare)
+                    queues.promise(seq, draft.spare)
             work.append(self._book(seq, want, step))
             planned.append(seq)
         return work, planned
+
+    def _decodes(self) -> bool:
+        """Whether anything here decodes."""
+        return any(
+            seq.phase is Phase.DECODE and seq.state is SeqState.RUNNING
+            for seq in self._queues.running
+        )
 
     def _may_run(self, seq: LiveSequence, draft: _Draft) -> bool:
         """Whether a sequence can be in this step, memory aside; admits it if it waits."""
@@ -175,36 +201,25 @@ class Planner:
     def _admit(self, seq: LiveSequence, draft: _Draft) -> bool:
         """Admit a waiting sequence if a slot is free and memory allows."""
         queues, ledger = self._queues, self._ledger
-        if queues.free_slots <= 0:
-            return False
+        queues.head_refused = True
+        while queues.free_slots <= 0:
+            if queues.running or not self._importer.give_way():
+                return False
         hits = self._hits(seq)
         if queues.running:
             if not draft.spare:
-                draft.spare = [0] * len(ledger.pools)
-                for other in queues.running:
-                    if other.state is SeqState.RUNNING:
-                        self._promise(other, draft.spare)
+                draft.spare = queues.promised()
             num_blocks = ledger.blocks_for(seq.num_known)
             if not ledger.admits(seq.hashes, hits, num_blocks=num_blocks, spare=draft.spare):
                 return False
         table = ledger.open(seq.hashes, hits)
-        if not ledger.num_free:
-            ledger.close(table)
-            return False
+        while not ledger.num_free:
+            if queues.running or self._copies_come_back() or not self._importer.give_way():
+                ledger.close(table)
+                return False
+        queues.head_refused = False
         queues.admit(seq, table)
         return True
-
-    def _promise(self, seq: LiveSequence, spare: list[int]) -> None:
-        """Add to `spare` what a running sequence will need: the rest of its prefill, one to
-        grow."""
-        if seq.phase is Phase.PREFILL:
-            have = seq.capacity // self._ledger.block_tokens
-            needs = self._ledger.growth(have, self._ledger.blocks_for(seq.target))
-            for group, need in enumerate(needs):
-                spare[group] += need
-        if seq.capacity < seq.limit - 1:
-            for group in range(len(spare)):
-                spare[group] += 1
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -226,6 +241,10 @@ class Planner:
                 return room
             if queues.stale and self._blocks_come_back():
                 return 0
+            if self._copies_come_back():
+                return 0
+            if self._importer.give_way():
+                continue
             victim = self._victim(draft.step, draft.now)
             if victim is None:
                 return 0
@@ -238,10 +257,16 @@ class Planner:
         """Whether stale sequences will give back at least one block of every group."""
         stale, ledger = self._queues.stale, self._ledger
         return any(
-            seq.table is not None and ledger.would_free(seq.table) > 0
+            seq.table is not None
+            and seq.state is not SeqState.STOPPING
+            and ledger.would_free(seq.table) > 0
             for seq in self._queues.running
             if seq.id in stale
         )
+
+    def _copies_come_back(self) -> bool:
+        """Whether blocks come back as soon as a copy is done."""
+        return self._importer.leaving or self._fetcher.busy
 
     def _victim(self, step: int, now: float) -> LiveSequence | None:
         """Ask the policy whom to preempt: not the oldest, not who is in this step already."""

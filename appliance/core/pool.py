@@ -8,12 +8,15 @@ Each block is in exactly one of these places:
     leased   in no table, pinned for a peer         `owners[block] == 0 and pins[block] > 0`
 
 `cached` counts as free in every account: it is given away when the free list is empty. A block that
-is both in a table and pinned counts as held. All operations are O(1).
+is both in a table and pinned counts as held. All operations but `drain_index` are O(1).
 """
 
 from collections import OrderedDict
 
+from appliance.core.peer import IndexChanges, Inherited
 from appliance.core.types import BlockHash, BlockId, CacheGroupSpec, Record
+
+NO_CHANGES = IndexChanges(taken=(), named=())
 
 
 class GroupCounts(Record, frozen=True, kw_only=True):
@@ -36,6 +39,8 @@ class Pool:
         "free",
         "generation",
         "hash_of",
+        "newly_named",
+        "newly_taken",
         "num_held",
         "num_leased",
         "owners",
@@ -44,7 +49,9 @@ class Pool:
         "window",
     )
 
-    def __init__(self, spec: CacheGroupSpec) -> None:
+    def __init__(self, spec: CacheGroupSpec, inherited: Inherited | None = None) -> None:
+        """With `inherited` generations go on from there, and blocks that have a name begin as
+        cached, the first one being the oldest."""
         size = spec.num_blocks
         self.spec = spec
         self.window = spec.window if spec.kind == "window" else None
@@ -62,6 +69,27 @@ class Pool:
         self.num_leased = 0
         self.changes: dict[BlockHash, bool] = {}
         """Net change of `block_of` since it was last drained: True added, False removed."""
+        self.newly_taken: dict[BlockId, None] = {}
+        """Blocks taken for new content since they were last drained."""
+        self.newly_named: dict[BlockId, BlockHash] = {}
+        """Blocks that got a name since they were last drained, and have it still."""
+        if inherited is not None:
+            self._inherit(inherited)
+
+    def _inherit(self, inherited: Inherited) -> None:
+        self.generation = list(inherited.generations)
+        for block, content in enumerate(inherited.names):
+            if not content:
+                continue
+            if content in self.block_of:
+                self.generation[block] += 1
+                self.newly_taken[block] = None
+                continue
+            self.hash_of[block] = content
+            self.block_of[content] = block
+            self.cached[block] = None
+            self.changes[content] = True
+        self.free = [block for block in self.free if block not in self.cached]
 
     @property
     def num_free(self) -> int:
@@ -77,6 +105,17 @@ class Pool:
             held=self.num_held,
             leased=self.num_leased,
         )
+
+    def drain_index(self) -> IndexChanges:
+        """What the shared index must say, since the last call."""
+        if not self.newly_taken and not self.newly_named:
+            return NO_CHANGES
+        generation = self.generation
+        taken = tuple([(block, generation[block]) for block in self.newly_taken])
+        named = tuple(self.newly_named.items())
+        self.newly_taken.clear()
+        self.newly_named.clear()
+        return IndexChanges(taken=taken, named=named)
 
     def first_needed(self, num_tokens: int) -> int:
         """Index of the first block that the token after `num_tokens` tokens can still see."""
@@ -100,6 +139,9 @@ class Pool:
             block, _ = self.cached.popitem(last=False)
             self._forget(block)
         self.generation[block] += 1
+        self.newly_taken[block] = None
+        if self.newly_named:
+            self.newly_named.pop(block, None)
         self.owners[block] = 1
         self.num_held += 1
         return block
@@ -142,6 +184,7 @@ class Pool:
             return
         self.hash_of[block] = content
         self.block_of[content] = block
+        self.newly_named[block] = content
         if self.changes.pop(content, None) is None:
             self.changes[content] = True
 

@@ -2,16 +2,20 @@
 
 Where a sequence stands, and how it moves on::
 
-    BLOCKED     waits until the leader of its n > 1 group has computed the prompt; no blocks
+    BLOCKED     waits until the leader of its n > 1 group has computed the prompt, or until cached
+                blocks have been copied for it; no blocks
     WAITING     in the queue; no blocks
     RUNNING     admitted, may be planned
     LAST        admitted, its last allowed token is planned: it will end with that token
     PREEMPTED   lost its blocks to somebody, but planned steps still touch them
     CANCELLED   aborted, but planned steps still touch its blocks
     ENDED       finished, but steps planned before that was known still touch its blocks
+    STOPPING    goes to another worker, but planned steps still compute it
+    HELD        goes to another worker: computed no further here, its blocks are a lease
 
-The last four are `stale`: they hold blocks, cannot be planned, and move on when a planned step is
-finished. A sequence that has left every planned step and every queue is forgotten.
+From LAST to STOPPING they are `stale`: they hold blocks, cannot be planned, and move on when a
+planned step is finished. A held sequence is in no queue: it waits for the node. A sequence that has
+left every planned step and every queue is forgotten.
 
 With plan-ahead the counts come in two kinds: *planned* (`num_known`, `num_computed`: as if every
 planned step had been done, which is what the next plan builds on) and *committed* (`num_emitted`,
@@ -35,6 +39,8 @@ class SeqState(Enum):
     PREEMPTED = auto()
     CANCELLED = auto()
     ENDED = auto()
+    STOPPING = auto()
+    HELD = auto()
 
 
 OVER = (SeqState.CANCELLED, SeqState.ENDED)
@@ -163,6 +169,13 @@ class Queues:
         self.num_blocked = 0
         self.num_over = 0
         """Of `running`, those in CANCELLED or ENDED."""
+        self.num_stopping = 0
+        """Of `running`, those in STOPPING; each keeps its slot."""
+        self.num_held = 0
+        self.num_reserved = 0
+        """Slots kept for sequences that are on their way to this worker."""
+        self.head_refused = False
+        """In the latest plan there was no room for the first that waits."""
         self.backlog_tokens = 0
         """Sum of `backlog` over all that are not over."""
 
@@ -198,7 +211,8 @@ class Queues:
     @property
     def free_slots(self) -> int:
         """Sequences that may still be admitted."""
-        return self.config.max_num_seqs - (len(self.running) - len(self.stale))
+        taken = len(self.running) - len(self.stale) + self.num_stopping + self.num_reserved
+        return self.config.max_num_seqs - taken
 
     def oldest(self) -> LiveSequence | None:
         """The first of `running` that can be planned: it is never preempted."""
@@ -206,6 +220,38 @@ class Queues:
             if seq.state is SeqState.RUNNING:
                 return seq
         return None
+
+    def promise(self, seq: LiveSequence, spare: list[int]) -> None:
+        """Add to `spare`, blocks per cache group, what a running sequence will need: the rest of
+        its prefill, one to grow."""
+        if seq.phase is Phase.PREFILL:
+            have = seq.capacity // self.ledger.block_tokens
+            needs = self.ledger.growth(have, self.ledger.blocks_for(seq.target))
+            for group, need in enumerate(needs):
+                spare[group] += need
+        if seq.capacity < seq.limit - 1:
+            for group in range(len(spare)):
+                spare[group] += 1
+
+    def promised(self) -> list[int]:
+        """Blocks per cache group that those who run will need, and who comes new must leave."""
+        spare = [0] * len(self.ledger.pools)
+        for seq in self.running:
+            if seq.state is SeqState.RUNNING:
+                self.promise(seq, spare)
+        return spare
+
+    def leader_to_wait_for(self, seq: LiveSequence) -> LiveSequence | None:
+        """The leader of its n > 1 group, if blocks of the prompt will be there to share that are
+        not yet. A leader that is not here (any more) is not waited for."""
+        group = seq.request.group
+        if group is None or group == seq.id or not self.config.enable_prefix_cache:
+            return None
+        leader = self.by_id.get(group)
+        if leader is None or leader.state in OVER:
+            return None
+        shared = min(seq.num_shared, leader.num_shared) * self.ledger.block_tokens
+        return leader if leader.num_done < shared else None
 
     def enter(self, seq: LiveSequence, leader: LiveSequence | None) -> None:
         """Take in a new sequence: into the queue, or behind the `leader` whose prompt it shares."""
@@ -218,6 +264,19 @@ class Queues:
             seq.leader = leader
             leader.followers.append(seq)
             self.num_blocked += 1
+
+    def enter_blocked(self, seq: LiveSequence) -> None:
+        """Take in a new sequence for which blocks are copied first; `unblock` lets it go on."""
+        self.by_id[seq.id] = seq
+        self.backlog_tokens += seq.target
+        seq.state = SeqState.BLOCKED
+        self.num_blocked += 1
+
+    def unblock(self, seq: LiveSequence) -> None:
+        """BLOCKED -> WAITING."""
+        seq.state = SeqState.WAITING
+        self.num_blocked -= 1
+        insort(self.waiting, seq, key=_order)
 
     def admit(self, seq: LiveSequence, table: BlockTable) -> None:
         """WAITING -> RUNNING with a table that may hold blocks found in the cache."""
@@ -257,8 +316,65 @@ class Queues:
         seq.state = state
         self.stale.add(seq.id)
 
+    def stop(self, seq: LiveSequence) -> None:
+        """RUNNING -> STOPPING."""
+        self.set_aside(seq, SeqState.STOPPING)
+        self.num_stopping += 1
+
+    def unstop(self, seq: LiveSequence) -> None:
+        """STOPPING -> RUNNING."""
+        seq.state = SeqState.RUNNING
+        self.stale.discard(seq.id)
+        self.num_stopping -= 1
+
+    def hold(self, seq: LiveSequence) -> None:
+        """STOPPING -> HELD, when no planned step holds it. The caller has leased its blocks."""
+        self.running.remove(seq)
+        self.stale.discard(seq.id)
+        self.num_stopping -= 1
+        self.num_held += 1
+        self.backlog_tokens -= seq.backlog
+        self._give_blocks_back(seq)
+        seq.state = SeqState.HELD
+
+    def unhold(self, seq: LiveSequence, table: BlockTable) -> None:
+        """HELD -> RUNNING with what was its table, or -> WAITING without it if no slot is free."""
+        self.num_held -= 1
+        seq.table = table
+        seq.capacity = table.num_blocks * self.ledger.block_tokens
+        self.backlog_tokens += seq.backlog
+        if self.free_slots <= 0:
+            self.requeue(seq)
+            return
+        self._begin(seq)
+
+    def land(self, seq: LiveSequence, table: BlockTable, num_tokens: int) -> None:
+        """Take in a sequence that comes with the KV of `num_tokens` tokens, all but the last of
+        those known. The caller has given its reserved slot back."""
+        self.by_id[seq.id] = seq
+        seq.table = table
+        seq.capacity = table.num_blocks * self.ledger.block_tokens
+        seq.num_computed = seq.num_done = seq.target = num_tokens
+        seq.phase = Phase.DECODE
+        self._begin(seq)
+
+    def _begin(self, seq: LiveSequence) -> None:
+        self.running.append(seq)
+        seq.state = SeqState.RUNNING
+        size = self.ledger.block_tokens
+        seq.mark = (seq.num_done // size + 1) * size
+        seq.num_sent = 0
+        seq.fresh = seq.unsent = True
+
+    def forget_held(self, seq: LiveSequence) -> None:
+        """Drop a HELD sequence. The caller ends its lease."""
+        self.num_held -= 1
+        del self.by_id[seq.id]
+
     def end(self, seq: LiveSequence, state: SeqState) -> None:
         """CANCELLED or ENDED for an admitted sequence: no result of it counts any more."""
+        if seq.state is SeqState.STOPPING:
+            self.num_stopping -= 1
         self.set_aside(seq, state)
         self.num_over += 1
         self.backlog_tokens -= seq.backlog
@@ -278,6 +394,7 @@ class Queues:
             self._leave_waiting(seq)
         if seq.leader is not None:
             seq.leader.followers.remove(seq)
+        if seq.state is SeqState.BLOCKED:
             self.num_blocked -= 1
         self.backlog_tokens -= seq.backlog
         del self.by_id[seq.id]

@@ -12,9 +12,8 @@ from appliance.core.messages import (
     LoadWeights,
     Migrate,
     Park,
-    Pull,
     Refused,
-    Release,
+    Resume,
     RoleChanged,
     SetRole,
     Wake,
@@ -58,13 +57,11 @@ def request_of(request_id: int = 1, **facts: object) -> Request:
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        (Pull(worker=WORKER, move=MoveId(1), request=request_of(), source=WorkerId(1)), "Pull"),
         (
             Migrate(worker=WORKER, move=MoveId(1), request_id=RequestId(1), target=WorkerId(1)),
             "Migrate",
         ),
-        (Release(worker=WORKER, move=MoveId(1), request_id=RequestId(1)), "Release"),
-        (SetRole(worker=WORKER, role=Role.DECODE, epoch=3), "SetRole"),
+        (Resume(worker=WORKER, move=MoveId(1), request_id=RequestId(1)), "Resume"),
         (LoadWeights(worker=WORKER), "LoadWeights"),
     ],
 )
@@ -75,9 +72,15 @@ def test_what_is_not_performed_here_is_refused_by_name(command: Command, name: s
     assert refused.reason
 
 
-def test_the_mixed_role_is_taken() -> None:
-    reports = worker_with().handle(SetRole(worker=WORKER, role=Role.MIXED, epoch=3))
-    assert reports == [RoleChanged(worker=WORKER, role=Role.MIXED, epoch=3)]
+@pytest.mark.parametrize("role", list(Role))
+def test_each_role_is_taken_and_none_of_an_older_epoch(role: Role) -> None:
+    worker = worker_with()
+    reports = worker.handle(SetRole(worker=WORKER, role=role, epoch=3))
+    assert reports == [RoleChanged(worker=WORKER, role=role, epoch=3)]
+    (refused,) = worker.handle(SetRole(worker=WORKER, role=Role.MIXED, epoch=2))
+    assert isinstance(refused, Refused)
+    assert "role epoch 2 is over" in refused.reason
+    assert worker.batcher.role is role
 
 
 def test_a_parked_worker_refuses_new_work_until_it_wakes() -> None:
@@ -117,7 +120,7 @@ def test_an_assignment_without_sense_is_refused(
 
 def test_a_second_assignment_of_what_is_here_is_a_protocol_error_with_its_story() -> None:
     batcher = plain_batcher()
-    with pytest.raises(ProtocolError, match=r"assigned twice: request 1: WAITING.*5 prompt tokens"):
+    with pytest.raises(ProtocolError, match=r"given twice: request 1: WAITING.*5 prompt tokens"):
         batcher.handle(Assign(worker=WORKER, request=request_of()), 0.0)
 
 

@@ -16,16 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from appliance.core.messages import Park, Pull, Refused, SetBudget, SetRole, Wake
+from appliance.core.messages import Park, Refused, SetBudget, SetRole, Wake
 from appliance.core.slots import BatchSlots, Grant
 from appliance.core.types import (
     BatcherConfig,
     CacheGroupSpec,
-    MoveId,
-    Request,
     RequestId,
     Role,
-    WorkerId,
 )
 from appliance.core.view import LocalView, SeqView
 from appliance.policy.parts import fill_fcfs
@@ -162,14 +159,18 @@ class BatcherMachine(RuleBasedStateMachine):
             live = sorted(self.worker.open) or [self.next_id, 0]
             self.worker.abort(live[pick % len(live)])
 
-    @rule(tokens=st.integers(0, 30), decodes=st.integers(0, 6), parked=st.booleans())
-    def other_commands(self, tokens: int, decodes: int, parked: bool) -> None:
+    @rule(
+        tokens=st.integers(0, 30),
+        decodes=st.integers(0, 6),
+        parked=st.booleans(),
+        role=st.none() | st.sampled_from(Role),
+    )
+    def other_commands(self, tokens: int, decodes: int, parked: bool, role: Role | None) -> None:
         self.parked = parked
         self.worker.handle(Park(worker=WORKER) if parked else Wake(worker=WORKER))
         self.worker.handle(SetBudget(worker=WORKER, prefill_tokens=tokens, max_decodes=decodes))
-        request = Request(id=RequestId(1), arrived=0.0, prompt_tokens=1, max_tokens=1)
-        self.worker.handle(Pull(worker=WORKER, move=MoveId(1), request=request, source=WorkerId(1)))
-        self.worker.handle(SetRole(worker=WORKER, role=Role.PREFILL, epoch=1))
+        if role is not None:
+            self.worker.handle(SetRole(worker=WORKER, role=role, epoch=1))
 
     @rule(moves=st.lists(st.sampled_from("ppxfs"), min_size=1, max_size=10))
     def move(self, moves: list[str]) -> None:

@@ -35,7 +35,7 @@ def test_nonsense_is_an_error(packet: bytes) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        Asked(move=MoveId(1), num_blocks=2),
+        Asked(move=MoveId(1), num_blocks=2, room=3),
         Offered(
             move=MoveId(1),
             first=3,
@@ -47,7 +47,7 @@ def test_nonsense_is_an_error(packet: bytes) -> None:
             cached_tokens=16,
             checksums=(2**32 - 1, 0),
         ),
-        Taken(move=MoveId(1), num_blocks=2),
+        Taken(move=MoveId(1), num_blocks=2, room=3),
         Withdrawn(move=MoveId(1), reason="ended"),
         Dropped(move=MoveId(1), reason="no room"),
     ],
