@@ -41,6 +41,9 @@ MAX_LINK_LINES = 12
 """More links are summed up by path; /admin/state names each."""
 LINK_SECONDS = 20.0
 """From the first ready worker to the last probed link; what is missing then is said."""
+SWITCH_SECONDS = 0.001
+"""For which a thread (a long prompt is rendered, checked) may keep the interpreter while the event
+loop waits for it; Python's own bound is five times that."""
 CLOSE_SECONDS = 5.0
 """For connections whose answer is complete but not yet read by the client."""
 
@@ -73,6 +76,7 @@ def serve(
     screen: Screen,
 ) -> None:
     """Serve until drained. Raises `CannotServe`."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(
             _serve(
