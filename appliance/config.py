@@ -37,6 +37,7 @@ from appliance.config_sections import (
     StandbySection,
     StreamSection,
     TransferSection,
+    WeightsSection,
     WorkersSection,
 )
 from appliance.config_words import expected_words
@@ -54,6 +55,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerSection = ServerSection()
     model: ModelSection = ModelSection()
     devices: DevicesSection = DevicesSection()
+    weights: WeightsSection = WeightsSection()
     kv: KvSection = KvSection()
     batch: BatchSection = BatchSection()
     policy: PolicySection = PolicySection()

@@ -53,6 +53,14 @@ class DevicesSection(Section, frozen=True, kw_only=True):
     threads: Positive | Auto = "auto"
 
 
+class WeightsSection(Section, frozen=True, kw_only=True):
+    """Memory of the model."""
+
+    share: Literal["map", "copy"] = "map"
+    threads: Positive | Auto = "auto"
+    checksums: Literal["sampled", "full"] = "sampled"
+
+
 class KvSection(Section, frozen=True, kw_only=True):
     """Memory of the sequences."""
 

@@ -100,6 +100,8 @@ def _memory(plan: Plan) -> str:
     parts = [f"KV {shown_bytes(memory.kv)}"]
     if memory.packed:
         parts.insert(0, f"packed weights {shown_bytes(memory.packed)}")
+    if memory.own:
+        parts.insert(0, f"weights {shown_bytes(memory.own)}")
     weights = f"weights {shown_bytes(memory.weights)} + " if memory.weights else ""
     return (
         f"{weights}{number} x ({' + '.join(parts)}) = {shown_bytes(memory.total(number))} "

@@ -3,7 +3,8 @@
 Everything that can be known before a process starts is decided and checked here, so that a mistake
 costs the operator a second and not a minute::
 
-    weights of the node   one slab, shared by all workers
+    weights of the node   one slab, mapped by all workers; with weights.share = "copy" one more for
+                          each worker
     packed weights        per CPU worker: the copy in the layout of the matrix kernels
     KV of a worker        (num_blocks + 1 for scratch) * block_tokens * bytes per token, and an
                           index of 16 bytes per block
@@ -51,10 +52,12 @@ class Memory(Record, frozen=True, kw_only=True):
     """One worker's KV slab, its index included."""
     block: int
     """One KV block."""
+    own: int = 0
+    """One worker's own weight slab, where weights are copied."""
 
     def total(self, num_workers: int) -> int:
         """All of it."""
-        return self.weights + num_workers * (self.packed + self.kv)
+        return self.weights + num_workers * (self.own + self.packed + self.kv)
 
 
 class Plan(Record, frozen=True, kw_only=True):
@@ -174,8 +177,10 @@ def _fixed_memory(
     if devices.kind == "paced":
         return Memory(weights=0, packed=0, kv=0, block=KV_SLOT_BYTES * config.kv.block_tokens)
     shape = checkpoint.shape
+    weights = slab_bytes(shape, dtype)
     return Memory(
-        weights=slab_bytes(shape, dtype),
+        weights=weights,
+        own=weights if config.weights.share == "copy" else 0,
         packed=shape.packed_bytes(dtype),
         kv=0,
         block=shape.kv_block_bytes(dtype, block_tokens=config.kv.block_tokens),

@@ -22,10 +22,12 @@ from appliance.live.node import Node
 from appliance.live.settings import NodeSettings
 from appliance.live.spawner import Spawner
 from appliance.live.tokenise import TextService, TextSettings
+from appliance.live.weight_slabs import WeightSettings
 from appliance.live.workers import PoolPlan, WatchSettings
 from appliance.startup import Plan
 
 WORKER_ENTRY = "appliance.worker.main:run"
+MAX_WEIGHT_THREADS = 4
 """A name and not a function: this process never imports what a worker imports."""
 
 
@@ -95,6 +97,7 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
             weight_bytes=plan.memory.weights,
             num_blocks=plan.num_blocks,
             block_bytes=plan.memory.block,
+            weights=weight_settings(plan),
         ),
         batcher=plan.batcher,
         block_tokens=config.kv.block_tokens,
@@ -120,6 +123,17 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
         validate=config.journal.check_laws,
         log_level=config.log.level,
         log_json=config.log.format == "json",
+    )
+
+
+def weight_settings(plan: Plan) -> WeightSettings:
+    """How workers come to their weights."""
+    section = plan.config.weights
+    threads = section.threads
+    return WeightSettings(
+        share=section.share,
+        threads=min(MAX_WEIGHT_THREADS, plan.machine.cores) if threads == "auto" else threads,
+        full_check=section.checksums == "full" or plan.config.journal.check_laws,
     )
 
 

@@ -59,6 +59,13 @@ def test_memory_adds_up_to_what_the_slabs_take() -> None:
     assert found.memory.total(2) == total <= found.machine.free_bytes
 
 
+def test_copied_weights_cost_one_slab_more_for_each_worker() -> None:
+    mapped, copied = (plan("cpu:2", weights={"share": share}) for share in ("map", "copy"))
+    assert copied.memory.weights == copied.memory.own == mapped.memory.weights
+    assert mapped.memory.own == 0
+    assert copied.memory.total(2) - mapped.memory.total(2) == 2 * mapped.memory.weights
+
+
 def test_automatic_kv_memory_is_bounded_by_use_and_by_a_share_of_what_is_free() -> None:
     usual = plan()
     aside = usual.memory.block + index_bytes(usual.num_blocks)

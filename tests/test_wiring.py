@@ -6,6 +6,7 @@ from appliance.api.limits import KeyLimits
 from appliance.api.settings import ApiKey, ConnectionLimits
 from appliance.config import Config, from_table, load
 from appliance.devices import plan_devices
+from appliance.live.weight_slabs import WeightSettings
 from appliance.startup import Machine, Plan, make_plan
 from appliance.wiring import api_settings, dispatcher_config, node_settings
 
@@ -23,6 +24,7 @@ CONFIGURED = {
         "reasoning": "none",
     },
     "devices": {"threads": 3},
+    "weights": {"share": "copy", "threads": 7, "checksums": "full"},
     "kv": {"block_tokens": 32, "memory": "64MiB", "prefix_cache": False},
     "batch": {"max_num_seqs": 7, "max_batch_tokens": 99, "depth": 2},
     "policy": {"settings": {"max_waiting": 5}},
@@ -143,6 +145,16 @@ def test_keys_arrive_with_their_limits_and_zero_is_no_limit() -> None:
         ApiKey(name="b", digest=b"\v" * 32),
     )
     assert api_settings(Config()).keys == ()
+
+
+def test_weights_are_copied_as_configured_and_the_laws_check_every_byte() -> None:
+    found = node_settings(plan(load(None, CONFIGURED), "cpu:2"), ()).pool.weights
+    assert found == WeightSettings(share="copy", threads=7, full_check=True)
+    planned = plan(Config(), "cpu:2")
+    usual = node_settings(planned, ()).pool.weights
+    assert usual == WeightSettings(threads=min(4, planned.machine.cores))
+    checked = from_table({"journal": {"check_laws": True}})
+    assert node_settings(plan(checked, "cpu:2"), ()).pool.weights.full_check
 
 
 def test_slabs_are_those_of_the_plan() -> None:

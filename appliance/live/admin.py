@@ -148,6 +148,7 @@ def _worker(node: "Node", view: WorkerView, now: float) -> dict[str, Any]:
         "epoch": node.dispatcher.epoch(view.id),
         "deaths": stats.deaths,
         "last_cause": node.dispatcher.last_cause(view.id),
+        "weights": {"source": stats.weights_source, "seconds": stats.weights_seconds},
         "age": now - view.as_of if view.as_of else None,
     }
 

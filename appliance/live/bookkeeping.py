@@ -108,7 +108,9 @@ class Bookkeeper:
                 log.info("worker is ready", extra={"worker": worker, "role": role.value})
             case WeightsLoaded():
                 stats.weights_source, stats.weights_seconds = message.source, message.seconds
-                self.milestone(f"worker {worker}: weights from {message.source}")
+                for note in message.notes:
+                    log.info("weights: %s", note, extra={"worker": worker})
+                self.milestone(f"worker {worker}: weights from {message.source}{_pace(message)}")
             case RoleChanged():
                 stats.flips += 1
                 log.info("worker has a new role", extra={"worker": worker, "role": message.role})
@@ -170,6 +172,14 @@ def link_summary(links: Sequence[LinkUp]) -> list[str]:
         f"{len(each)} links: {path}, {min(each):.1f} to {max(each):.1f} GB/s"
         for path, each in sorted(speeds.items())
     ]
+
+
+def _pace(loaded: WeightsLoaded) -> str:
+    """` in 0.31 s, 1.7 GB/s`; empty when nothing had to be moved."""
+    if not loaded.num_bytes:
+        return ""
+    rate = loaded.num_bytes / max(loaded.seconds, 1e-9) / 1e9
+    return f" in {loaded.seconds:.2f} s, {rate:.1f} GB/s"
 
 
 def _say_failed(message: PullFailed) -> None:

@@ -142,6 +142,7 @@ class Node:
             events=self,
             watch=settings.watch,
             clock=clock,
+            busy=self._busy,
         )
 
     # --- life of the node ----------------------------------------------------------------------
@@ -407,6 +408,10 @@ class Node:
                 pass
 
     # --- odds and ends -------------------------------------------------------------------------
+
+    def _busy(self, worker: WorkerId) -> float:
+        view = self.dispatcher.view.workers.get(worker)
+        return 0.0 if view is None else float(view.assigned)
 
     def _make_start(self, worker: WorkerId, epoch: int, *, load_weights: bool) -> WorkerStart:
         return self.settings.worker_start(
