@@ -16,7 +16,8 @@ class FaultRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `worker` restricts the rule to one worker, `epoch` to one incarnation, `token` to steps that
     compute a sequence whose prompt contains that token id. Actions: kill, segv, stop (SIGSTOP),
-    exit, raise, oom (a device out-of-memory error), delay (`seconds`).
+    exit, raise, oom (a device out-of-memory error), delay (`seconds`), and at the points of
+    `REFUSABLE` refuse (what is asked for there is refused, or reported as failed).
     """
 
     point: str
@@ -29,17 +30,41 @@ class FaultRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     seconds: float = 0.0
 
 
-ACTIONS = frozenset({"kill", "segv", "stop", "exit", "raise", "oom", "delay"})
-POINTS = frozenset(
+ACTIONS = frozenset({"kill", "segv", "stop", "exit", "raise", "oom", "delay", "refuse"})
+REFUSABLE = frozenset(
     {
-        "worker.start",
-        "worker.weights",
-        "worker.assign",
-        "worker.before_step",
-        "worker.after_step",
-        "worker.before_send",
+        "link.up",  # the node has introduced a peer
+        "link.probe",  # its pool is to be measured
+        "move.pull",  # the target has heard of a move
+        "move.migrate",  # the source has heard of it
+        "move.before_copy",  # blocks are to be copied
+        "move.after_copy",  # they were, and are to be verified
+        "fetch.before_copy",  # cached blocks of a peer are to be looked for
+        "fetch.after_copy",  # they were copied, and are to be verified
+        "role.set",  # a change of role is asked for
+        "worker.park",
     }
 )
+POINTS = REFUSABLE | {
+    "worker.start",
+    "worker.weights",
+    "worker.weights.copy",  # a part of a slab was copied into this worker's own
+    "worker.assign",
+    "worker.before_step",
+    "worker.after_step",
+    "worker.before_send",
+    "worker.wake",
+    "move.asked",  # room is reserved at the target, the source is to be told
+    "move.offered",  # complete blocks are to be offered
+    "move.before_prefilled",  # the source has stopped, the node is to be told
+    "move.before_final",  # the node was told, the last offer is to be made
+    "move.after_final",  # it was made
+    "move.before_pulled",  # all has arrived, the node is to be told
+    "move.after_pulled",  # it was told, the first step is to come
+    "move.release",  # the source is to end its lease
+    "move.resume",  # the source is to go on
+    "role.changed",  # the role was taken, the node is to be told
+}
 
 
 class FaultPlanError(Exception):
@@ -56,6 +81,10 @@ class FaultPlan:
             if rule.action not in ACTIONS:
                 raise FaultPlanError(
                     f"unknown fault action {rule.action!r}; known: {sorted(ACTIONS)}"
+                )
+            if rule.action == "refuse" and rule.point not in REFUSABLE:
+                raise FaultPlanError(
+                    f"nothing can be refused at {rule.point!r}; it can at {sorted(REFUSABLE)}"
                 )
         self._rules = tuple(
             rule for rule in rules if rule.worker in (None, worker) and rule.epoch in (None, epoch)

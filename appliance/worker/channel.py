@@ -95,12 +95,12 @@ class Channel:
                 break
         return frames
 
-    def wait(self, seconds: float | None) -> bool:
-        """Sleep until something can be received (True) or `seconds` are over. Resolution: what the
-        kernel's timers give, not milliseconds."""
+    def wait(self, seconds: float | None, also: Sequence[int] = ()) -> bool:
+        """Sleep until something can be received, or one of `also` can be read (True), or `seconds`
+        are over. Resolution: what the kernel's timers give, not milliseconds."""
         if seconds is not None and seconds <= 0:
             return False
-        return bool(select.select([self._sock], [], [], seconds)[0])
+        return bool(select.select([self._sock.fileno(), *also], [], [], seconds)[0])
 
     def watch(self, seconds: float) -> bool:
         """Sleep for `seconds`, less if the node dies meanwhile: True then. For a thread beside the

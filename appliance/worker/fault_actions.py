@@ -27,10 +27,17 @@ class FaultPoints:
         if self.active and (rule := self._plan.hit(point, tokens=tokens)) is not None:
             carry_out(rule)
 
+    def refuses(self, point: str) -> bool:
+        """As `reach`; True when the plan wants what is asked for here to be refused."""
+        if not self.active or (rule := self._plan.hit(point)) is None:
+            return False
+        carry_out(rule)
+        return rule.action == "refuse"
+
 
 def carry_out(rule: FaultRule) -> None:
-    """Do to this process what the rule says. Returns after "delay", and after "stop" once somebody
-    lets the process go on; otherwise raises or ends the process."""
+    """Do to this process what the rule says. Returns after "delay", after "stop" once somebody lets
+    the process go on, and for "refuse"; otherwise raises or ends the process."""
     match rule.action:
         case "kill":
             _die_by(signal.SIGKILL)

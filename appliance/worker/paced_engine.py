@@ -90,6 +90,8 @@ class PacedEngine:
             raise ValueError(
                 f"the KV slab has {buffer.nbytes} bytes, {num_blocks} blocks need {needed}"
             )
+        self.memory = buffer
+        """The KV blocks."""
         self._slots = buffer[: needed // KV_SLOT_BYTES * KV_SLOT_BYTES].cast("B").cast("Q")
         self._profile = profile
         self._vocabulary = tokens.printable_ids()

@@ -9,10 +9,23 @@ from collections.abc import Sequence
 
 from appliance.core.hashes import chain, root_hash
 from appliance.core.payload import SequenceState
-from appliance.core.types import BlockHash
+from appliance.core.types import BlockHash, Request
 from appliance.worker.text import SequenceText, TokenText
 
 _NONE: tuple[BlockHash, ...] = ()
+
+
+def check_state(state: SequenceState, request: Request, *, emitted: int, block_tokens: int) -> None:
+    """Raises `ValueError` when the state is not one of this request after `emitted` tokens."""
+    for what, ids, expected in (
+        ("prompt", state.prompt, request.prompt_tokens),
+        ("emitted", state.emitted, emitted),
+    ):
+        if len(ids) != 4 * expected:
+            raise ValueError(f"{what} has {len(ids)} bytes, {expected} ids of int32 were named")
+    named = len(request.prefix_hashes) * block_tokens
+    if 4 * named > len(state.prompt) + len(state.emitted):
+        raise ValueError(f"prefix_hashes name {named} tokens")
 
 
 class BlockNames:
@@ -55,7 +68,7 @@ class BlockNames:
 class ServedSequence:
     """One sequence at this worker."""
 
-    __slots__ = ("names", "prompt_ids", "text")
+    __slots__ = ("emitted", "names", "prompt_ids", "text")
 
     def __init__(
         self,
@@ -68,7 +81,9 @@ class ServedSequence:
         """`names` is None without a prefix cache. `keep_prompt` remembers which ids the prompt
         has (for fault plans that look for one)."""
         self.text = SequenceText(tokens, state.sampling)
-        for token in array("i", state.emitted):
+        self.emitted = array("i", state.emitted)
+        """Ids of the answer so far."""
+        for token in self.emitted:
             self.text.push(token)
         self.names = names
         self.prompt_ids = frozenset(array("i", state.prompt)) if keep_prompt else frozenset[int]()

@@ -15,11 +15,11 @@ from appliance.core.messages import (
     CacheChanged,
     Preempted,
     Refused,
-    SetRole,
+    SetBudget,
     StepReported,
 )
 from appliance.core.payload import Sampling, SequenceState, TokenLogprobs
-from appliance.core.types import ErrorKind, FinishReason, Request, RequestId, Role, StepPlan
+from appliance.core.types import ErrorKind, FinishReason, Request, RequestId, StepPlan
 from appliance.worker.engine import Engine, EngineError, SampledToken
 from appliance.worker.fault_actions import InjectedFault
 from appliance.worker.text import TokenText
@@ -321,7 +321,7 @@ def test_state_that_does_not_fit_its_request_is_refused(rig: RigMaker, tokens: T
 
 def test_answers_of_the_batcher_go_back(rig: RigMaker, tokens: TokenText) -> None:
     node = rig(paced(tokens, num_blocks=4))
-    node.send(SetRole(worker=W, role=Role.DECODE, epoch=1))
+    node.send(SetBudget(worker=W, prefill_tokens=0, max_decodes=1))
     node.assign(1, PROMPT, max_tokens=50)
     node.until(lambda: len(node.reports(Refused)) == 2)
     kinds = [r.kind for r in node.reports(Refused) if isinstance(r, Refused)]
