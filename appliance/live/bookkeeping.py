@@ -108,8 +108,6 @@ class Bookkeeper:
                 log.info("worker is ready", extra={"worker": worker, "role": role.value})
             case WeightsLoaded():
                 stats.weights_source, stats.weights_seconds = message.source, message.seconds
-                for note in message.notes:
-                    log.info("weights: %s", note, extra={"worker": worker})
                 self.milestone(f"worker {worker}: weights from {message.source}{_pace(message)}")
             case RoleChanged():
                 stats.flips += 1

@@ -81,22 +81,21 @@ def open_weights(fds: Sequence[int], request: WeightRequest) -> MappedWeights:
     )
     tensors = attach(readable, shape=request.shape, dtype=request.dtype)
     seconds = time.monotonic() - began
-    notes = received.notes if received is not None else ()
+    found = Received(source="slab", seconds=seconds) if received is None else received
     num_bytes = 0 if received is None else layout.total
-    if received is not None:
-        log.info(
-            "weights are in place",
-            extra={"source": received.source, "seconds": seconds, **_pace(num_bytes, seconds)},
-        )
-    for note in notes:
-        log.info("%s", note)
+    for reason in found.refused:
+        log.warning("a better source of the weights: %s", reason)
+    words = {"source": found.source, "seconds": seconds, **_pace(num_bytes, seconds)}
+    log.info("weights are in place", extra=words)
+    if found.checked:
+        log.info("weights: %s", found.checked)
     return MappedWeights(
         tensors=tensors,
-        source="slab" if received is None else received.source,
+        source=found.source,
         seconds=seconds,
         num_bytes=num_bytes,
-        notes=notes,
-        fingerprint=str(read_manifest(readable)["fingerprint"]),
+        notes=(*found.refused, *([found.checked] if found.checked else [])),
+        fingerprint=_fingerprint(readable),
     )
 
 
@@ -124,7 +123,8 @@ def _own(fds: Sequence[int], request: WeightRequest) -> Received | None:
         return received
     return Received(
         source=f"{from_disk.source} through {received.source}",
-        notes=(*from_disk.notes, *received.notes),
+        refused=received.refused,
+        checked=received.checked,
         seconds=from_disk.seconds + received.seconds,
     )
 
@@ -137,7 +137,7 @@ def _load(fd: int, request: WeightRequest) -> Received | None:
     source = DiskSource(request.model_dir)
     began = time.monotonic()
     source.fill(receiver)  # the only one there is: its error is the one to see
-    return Received(source=source.name, notes=(), seconds=time.monotonic() - began)
+    return Received(source=source.name, seconds=time.monotonic() - began)
 
 
 def _receiver(fd: int, request: WeightRequest) -> Receiver:

@@ -90,8 +90,10 @@ class Received:
     """How it went."""
 
     source: str
-    notes: tuple[str, ...]
-    """Why each better source was not used, one line each, then what was checked."""
+    refused: tuple[str, ...] = ()
+    """Why each better source was not used, one line each."""
+    checked: str = ""
+    """What was compared after the copy."""
     seconds: float
     """Of the source that was used."""
 
@@ -196,10 +198,10 @@ def receive(receiver: Receiver, sources: Sequence[WeightSource]) -> Received:
         except (WeightError, OSError) as error:
             reasons.append(f"{source.name}: {error}")
             continue
-        notes = tuple(f"weights not from {reason}" for reason in reasons)
         return Received(
             source=source.name,
-            notes=(*notes, checked) if checked else notes,
+            refused=tuple(f"not from {reason}" for reason in reasons),
+            checked=checked,
             seconds=time.monotonic() - began,
         )
     raise WeightError("the weights cannot be had from any source: " + "; ".join(reasons))
