@@ -7,23 +7,36 @@ little ahead of what the Batcher has committed: results of a sequence that is no
 dropped, and the engine forgets a sequence only when no outstanding plan touches it.
 
 The whole outcome of a step leaves in one frame: `StepReported`, what else the Batcher has to say,
-and ids and ready text in columns.
+and ids and ready text in columns. What other workers say and what is copied from them is the
+business of `appliance.worker.moves`; the loop gives it its turns.
 """
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from appliance.core.batcher import Batcher
-from appliance.core.messages import Abort, Assign, Command, Refused, Report, StepReported
+from appliance.core.messages import (
+    Abort,
+    Aborted,
+    Assign,
+    Command,
+    KvPulled,
+    Pull,
+    Refused,
+    Released,
+    Report,
+    StepReported,
+)
 from appliance.core.payload import SequenceState, StepOutputs, TokenLogprobs
 from appliance.core.start import WorkerStart
 from appliance.core.types import (
     ErrorKind,
     FinishReason,
+    Request,
     RequestId,
     SeqResult,
     StepPlan,
@@ -32,7 +45,8 @@ from appliance.core.types import (
 from appliance.worker.channel import Channel, Progress
 from appliance.worker.engine import Engine, SampledToken
 from appliance.worker.fault_actions import FaultPoints
-from appliance.worker.sequence_state import BlockNames, ServedSequence
+from appliance.worker.moves import Moves, Ties
+from appliance.worker.sequence_state import BlockNames, ServedSequence, check_state
 from appliance.worker.text import TokenText
 
 log = logging.getLogger(__name__)
@@ -59,12 +73,14 @@ class StepLoop:
         tokens: TokenText,
         faults: FaultPoints,
         progress: Progress,
+        ties: Ties | None = None,
         on_idle: Callable[[], None] = _nothing,
         after_step: Callable[[], None] = _nothing,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_idle` is called before the loop sleeps with nothing to compute; `after_step` when the
-        books of a step are closed (checks of the laws)."""
+        """`ties` are those to peers, if there may be any. `on_idle` is called before the loop
+        sleeps with nothing to compute; `after_step` when the books of a step are closed (checks of
+        the laws)."""
         self._start = start
         self._channel = channel
         self._engine = engine
@@ -82,6 +98,15 @@ class StepLoop:
         """Of `_sequences`, those that are no longer live and wait for an outstanding plan."""
         self._began: float | None = None
         """When the present step took over from the one before; None: the worker was idle."""
+        self._moves = Moves(
+            start.worker,
+            ties,
+            host=self,
+            batcher=batcher,
+            engine=engine,
+            faults=faults,
+            clock=clock,
+        )
         self._decode_state = msgspec.msgpack.Decoder(SequenceState).decode
         self._encode_outputs = msgspec.msgpack.Encoder().encode
 
@@ -103,24 +128,70 @@ class StepLoop:
         while (rest := due - self._clock()) > 0:
             if self._channel.ended:
                 time.sleep(rest)
-            elif self._channel.wait(rest):
+            elif self._channel.wait(rest, self._moves.fds):
                 self._listen()
+
+    # --- what the moves need --------------------------------------------------------------------
+
+    @property
+    def sequences(self) -> Mapping[RequestId, ServedSequence]:
+        """All that are known to the engine and live, or in an outstanding plan."""
+        return self._sequences
+
+    def begin(self, request_id: RequestId, served: ServedSequence) -> None:
+        """This sequence has come from another worker; the engine knows it."""
+        self._sequences[request_id] = served
+        self._over.discard(request_id)
+        log.debug("request has arrived", extra={"request": request_id})
+
+    def tell(self, reports: Sequence[Report]) -> None:
+        """Send reports that no step carries, and do what follows from them."""
+        together: list[Report] = []
+        for report in reports:
+            self._moves.before(report)
+            if isinstance(report, KvPulled):  # alone, so that the node can let it wait
+                if together:
+                    self._channel.send(together)
+                    together = []
+                self._channel.send([report])
+                self._faults.reach("move.after_pulled")
+            else:
+                together.append(report)
+        if together:
+            self._channel.send(together)
+        self._follow(reports)
+
+    def _follow(self, reports: Sequence[Report]) -> None:
+        """These were sent: forget what has left, and let the moves go on."""
+        for report in reports:
+            if isinstance(report, Released | Aborted):
+                self._retire(report.request_id)
+        if self._over:
+            self._forget_over()
+        self._moves.flush()
 
     # --- commands -------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """Obey everything that has arrived."""
-        reports: list[Report] = []
-        for commands, payload in self._channel.receive():
-            for command in commands:
-                reports += self._obey(command, payload)
-        if reports:
-            self._channel.send(reports)
+        """Obey everything that has arrived, from the node and from peers."""
+        if frames := self._channel.receive():
+            self._moves.hear_node()
+            reports: list[Report] = []
+            for commands, payload in frames:
+                for command in commands:
+                    reports += self._obey(command, payload)
+            self.tell(reports)
+        self._moves.hear()
+        due = self._batcher.next_wakeup()
+        if due is not None and due <= (now := self._clock()):
+            self.tell(self._batcher.wake(now))
 
     def _obey(self, command: Command, payload: bytes) -> Sequence[Report]:
         match command:
             case Assign():
                 return self._assign(command, payload)
+            case Pull():
+                return self._pull(command, payload)
             case Abort(request_id=request_id):
                 reports = self._batcher.handle(command, self._clock())
                 log.debug("request is aborted", extra={"request": request_id})
@@ -128,34 +199,14 @@ class StepLoop:
                 self._forget_over()
                 return reports
             case _:
-                return self._batcher.handle(command, self._clock())
+                return self._moves.obey(command)
 
     def _assign(self, command: Assign, payload: bytes) -> Sequence[Report]:
-        request = command.request
         try:
-            state = self._read_state(command, payload)
+            state, request, names = self._read(command.request, payload, command.emitted_tokens)
         except (msgspec.MsgspecError, ValueError) as error:
-            reason = f"the state of the sequence does not fit its request: {error}"
-            log.error("request is refused", extra={"request": request.id, "reason": reason})
-            return [
-                Refused(
-                    worker=self._start.worker,
-                    command="Assign",
-                    kind=ErrorKind.INTERNAL,
-                    reason=reason,
-                    request_id=request.id,
-                )
-            ]
-        names = None
-        if self._start.batcher.enable_prefix_cache:
-            names = BlockNames(
-                state,
-                request.prefix_hashes,
-                block_tokens=self._start.block_tokens,
-                key=self._start.hash_key,
-            )
-            request = msgspec.structs.replace(request, prefix_hashes=names.names)
-            command = msgspec.structs.replace(command, request=request)
+            return [self._misfit(command, error)]
+        command = msgspec.structs.replace(command, request=request)
         reports = self._batcher.handle(command, self._clock())
         if self._batcher.is_live(request.id):
             served = ServedSequence(
@@ -171,18 +222,41 @@ class StepLoop:
             self._faults.reach("worker.assign", served.prompt_ids)
         return reports
 
-    def _read_state(self, command: Assign, payload: bytes) -> SequenceState:
+    def _pull(self, command: Pull, payload: bytes) -> Sequence[Report]:
+        try:
+            state, request, names = self._read(command.request, payload, command.emitted_tokens)
+        except (msgspec.MsgspecError, ValueError) as error:
+            return [self._misfit(command, error)]
+        served = ServedSequence(
+            state, names, tokens=self._tokens, keep_prompt=self._faults.wants_tokens
+        )
+        return self._moves.pull(msgspec.structs.replace(command, request=request), state, served)
+
+    def _read(
+        self, request: Request, payload: bytes, emitted: int
+    ) -> tuple[SequenceState, Request, BlockNames | None]:
+        """The state of a sequence, its request with the names of all full blocks, and who names the
+        next ones. Raises `MsgspecError`, `ValueError`."""
         state = self._decode_state(payload)
-        for what, ids, expected in (
-            ("prompt", state.prompt, command.request.prompt_tokens),
-            ("emitted", state.emitted, command.emitted_tokens),
-        ):
-            if len(ids) != 4 * expected:
-                raise ValueError(f"{what} has {len(ids)} bytes, {expected} ids of int32 were named")
-        named = len(command.request.prefix_hashes) * self._start.block_tokens
-        if 4 * named > len(state.prompt) + len(state.emitted):
-            raise ValueError(f"prefix_hashes name {named} tokens")
-        return state
+        block_tokens = self._start.block_tokens
+        check_state(state, request, emitted=emitted, block_tokens=block_tokens)
+        if not self._start.batcher.enable_prefix_cache:
+            return state, request, None
+        names = BlockNames(
+            state, request.prefix_hashes, block_tokens=block_tokens, key=self._start.hash_key
+        )
+        return state, msgspec.structs.replace(request, prefix_hashes=names.names), names
+
+    def _misfit(self, command: Assign | Pull, error: Exception) -> Refused:
+        reason = f"the state of the sequence does not fit its request: {error}"
+        log.error("request is refused", extra={"request": command.request.id, "reason": reason})
+        return Refused(
+            worker=self._start.worker,
+            command=type(command).__name__,
+            kind=ErrorKind.INTERNAL,
+            reason=reason,
+            request_id=command.request.id,
+        )
 
     # --- steps ----------------------------------------------------------------------------------
 
@@ -200,7 +274,7 @@ class StepLoop:
         self._began = self._progress.began = None
         wakeup = self._batcher.next_wakeup()
         seconds = None if wakeup is None else max(wakeup - self._clock(), _LEAST_SLEEP)
-        self._channel.wait(seconds)
+        self._channel.wait(seconds, self._moves.fds)
 
     def _step(self) -> None:
         """Execute the oldest plan and tell the node what came of it."""
@@ -209,12 +283,13 @@ class StepLoop:
         began = self._clock() if self._began is None else self._began
         self._progress.began = began
         self._faults.reach("worker.before_step", touched)
+        self._moves.write_index()
         sampled = self._engine.execute(plan)
         self._faults.reach("worker.after_step", touched)
         self._began = now = self._clock()
         self._plans.popleft()
         failures = self._give_up(sampled, now)
-        outputs, results = self._read(sampled)
+        outputs, results = self._text_of(sampled)
         result = StepResult(step=plan.step, results=tuple(results), elapsed=now - began)
         reports = self._batcher.finish_step(result, now)
         self._close(reports, outputs)
@@ -222,7 +297,10 @@ class StepLoop:
         self._progress.step = plan.step
         self._progress.began = now
         self._faults.reach("worker.before_send", touched)
+        for report in reports:
+            self._moves.before(report)
         self._channel.send(reports, self._encode_outputs(outputs))
+        self._follow(reports)
         self._after_step()
 
     def _give_up(self, sampled: Sequence[SampledToken], now: float) -> list[Report]:
@@ -244,7 +322,7 @@ class StepLoop:
                 self._retire(item.id)
         return reports
 
-    def _read(self, sampled: Sequence[SampledToken]) -> tuple[StepOutputs, list[SeqResult]]:
+    def _text_of(self, sampled: Sequence[SampledToken]) -> tuple[StepOutputs, list[SeqResult]]:
         """Text and block names of what was sampled for live sequences."""
         is_live, sequences = self._batcher.is_live, self._sequences
         ids: list[RequestId] = []
@@ -258,6 +336,7 @@ class StepLoop:
             if not is_live(id_):
                 continue
             sequence = sequences[id_]
+            sequence.emitted.append(token)
             text, stopped = sequence.text.push(token)
             ids.append(id_)
             tokens.append([token])
