@@ -33,10 +33,12 @@ class Screen:
 
     def links(self, lines: Sequence[str], *, missing: Sequence[str]) -> None:
         """What came of the probes; `missing` in words."""
+        if lines:
+            self._console.print("  [cyan]links[/cyan]     probed with a copy")
         for line in lines:
-            self._console.print(f"  [cyan]link[/cyan]      {escape(line)}")
+            self._console.print(f"  {'':9} {escape(line)}")
         for line in missing:
-            self._console.print(f"  [bold red]no link[/bold red]   {escape(line)}")
+            self._console.print(f"  {'':9} [bold red]{escape(line)}[/bold red]")
 
     def address(self, *, url: str, model: str, needs_key: bool) -> None:
         """Where the server is, and a request to paste."""

@@ -184,7 +184,7 @@ async def _report_links(node: Node, screen: Screen) -> None:
     lines = [link_words(link) for link in links]
     if len(lines) > MAX_LINK_LINES:
         lines = link_summary(links)
-    words = [f"{source} -> {target}: no KV moves this way" for source, target in missing]
+    words = [f"{source} -> {target}: none; no KV moves this way" for source, target in missing]
     screen.links(lines, missing=words)
     for line in words:
         log.warning("a link is missing: %s", line)

@@ -21,7 +21,7 @@ from appliance.api.context import CONTEXT
 from appliance.api.decode import BodyDecoder, read_body
 from appliance.api.errors import ApiError, error_of, shown
 from appliance.api.models import json_answer
-from appliance.core.asks import Answered, Outcome
+from appliance.core.asks import Answered, Decided, Outcome
 from appliance.core.types import ErrorKind, Role, WorkerId
 from appliance.live.node import Node
 
@@ -124,7 +124,24 @@ async def handle_decisions(request: web.Request) -> web.Response:
             param="limit",
         )
     node = request.app[CONTEXT].node
-    return json_answer({"decisions": node.asks.decisions(int(raw))})
+    return json_answer(
+        {"decisions": [_shown(each, node) for each in node.asks.decisions(int(raw))]}
+    )
+
+
+def _shown(decision: Decided, node: Node) -> dict[str, Any]:
+    """`age` is in seconds; an empty outcome means that it is not known yet."""
+    return {
+        "id": decision.decision,
+        "age": node.now() - decision.at,
+        "kind": decision.kind,
+        "by": decision.by,
+        "workers": decision.workers,
+        "trigger": decision.trigger,
+        "prediction": decision.prediction,
+        "cost": decision.cost,
+        "outcome": decision.outcome,
+    }
 
 
 def _answered(answer: Answered, node: Node, **more: Any) -> web.Response:

@@ -6,6 +6,7 @@ and what was begun for them goes on.
 """
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -21,6 +22,7 @@ from appliance.core.asks import (
 )
 from appliance.core.types import Role, WorkerId, WorkerSpec
 
+log = logging.getLogger(__name__)
 Ask = RolesAsked | ParkAsked | WakeAsked | WorkerAsked
 MAX_DECISIONS = 1000
 
@@ -90,6 +92,17 @@ class Asks:
 
     def decided(self, decision: Decided) -> None:
         """Keep a decision; one that is known is replaced where it stands."""
+        if decision.kind != "none":
+            log.info(
+                "decided: %s" if decision.decision not in self._decisions else "decision ended: %s",
+                decision.kind,
+                extra={
+                    "workers": list(decision.workers),
+                    "by": decision.by,
+                    "trigger": decision.trigger,
+                    "outcome": decision.outcome,
+                },
+            )
         self._decisions[decision.decision] = decision
         if len(self._decisions) > MAX_DECISIONS:
             self._decisions.popitem(last=False)

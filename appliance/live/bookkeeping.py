@@ -111,7 +111,9 @@ class Bookkeeper:
                 self.milestone(f"worker {worker}: weights from {message.source}{_pace(message)}")
             case RoleChanged():
                 stats.flips += 1
-                log.info("worker has a new role", extra={"worker": worker, "role": message.role})
+                log.info(
+                    "worker has a new role", extra={"worker": worker, "role": message.role.value}
+                )
 
     def _move(
         self,
@@ -132,7 +134,7 @@ class Bookkeeper:
                 moves.released(message)
             case LinkUp():
                 moves.link_up(message)
-                self.milestone(link_words(message))
+                self.milestone(f"link {link_words(message)}")
             case LinkDown():
                 moves.link_down(message)
                 self._link_down(message)
@@ -156,9 +158,8 @@ class Bookkeeper:
 
 
 def link_words(link: LinkUp) -> str:
-    """`link 0 -> 1: shared memory, 9.8 GB/s`: KV goes from 0 to 1."""
-    speed = link.bytes_per_second / 1e9
-    return f"link {link.peer} -> {link.worker}: {link.path}, {speed:.1f} GB/s"
+    """`0 -> 1: shared memory, 9.8 GB/s`: KV goes from 0 to 1."""
+    return f"{link.peer} -> {link.worker}: {link.path}, {link.bytes_per_second / 1e9:.1f} GB/s"
 
 
 def link_summary(links: Sequence[LinkUp]) -> list[str]:

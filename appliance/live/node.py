@@ -220,6 +220,10 @@ class Node:
                 stream.cancelled = True
                 self._pump.post("api", Cancelled(request_id=request_id, kind=kind))
 
+    def now(self) -> float:
+        """Seconds on the node's clock."""
+        return self._clock()
+
     def state(self) -> dict[str, Any]:
         """The document of `/admin/state`."""
         return admin.state_document(self, self._clock())

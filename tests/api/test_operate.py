@@ -96,7 +96,8 @@ async def test_a_role_is_changed_and_the_change_is_put_on_record(operated, http)
     assert [each["kind"] for each in decisions] == ["flip", "flip"]
     assert {each["by"] for each in decisions} == {"operator"}
     assert {each["outcome"] for each in decisions} == {"done"}
-    assert decisions[0]["decision"] > decisions[1]["decision"]
+    assert decisions[0]["id"] > decisions[1]["id"]
+    assert 0 <= decisions[0]["age"] <= decisions[1]["age"]
 
 
 async def test_two_roles_are_swapped_as_one(operated, http):
