@@ -102,8 +102,8 @@ CASES: Mapping[str, Case] = MappingProxyType(
 
 def conversation(
     encoder: Encoder, task: Task, setting: Setting, *, rng: random.Random
-) -> Sequence[int]:
-    """Token ids of a conversation under `setting` that ends where the answer to `task` starts."""
+) -> tuple[Message, ...]:
+    """The messages of a conversation under `setting` that ends with those of `task`."""
     messages: list[Message] = []
     if setting.has_system_message:
         messages.append({"role": "system", "content": draw_system_message(rng)})
@@ -115,7 +115,19 @@ def conversation(
         messages += added
         num_tokens += len(encoder.turns(added))
         num_turns += 1
-    return encoder.question((*messages, *task.messages), task.tools)
+    return (*messages, *task.messages)
+
+
+def conversations(
+    encoder: Encoder, name: str, setting_name: str, *, num_prompts: int, seed: int
+) -> Iterator[tuple[Task, tuple[Message, ...]]]:
+    """The conversations of a case under a setting, each with the task that it ends with."""
+    case = CASES[name]
+    setting = case.settings[setting_name]
+    rng = random.Random(f"{seed}:{name}:{setting_name}")
+    for _ in range(max(1, num_prompts // setting.prompts_divisor)):
+        task = case.draw(rng, setting)
+        yield task, conversation(encoder, task, setting, rng=rng)
 
 
 @torch.inference_mode()
@@ -162,13 +174,11 @@ class Measurement(msgspec.Struct, frozen=True):
     def prompts(
         self, name: str, setting_name: str, *, num_prompts: int
     ) -> Iterator[tuple[Task, Sequence[int]]]:
-        """The prompts of a case under a setting."""
-        case = CASES[name]
-        setting = case.settings[setting_name]
-        rng = random.Random(f"{self.seed}:{name}:{setting_name}")
-        for _ in range(max(1, num_prompts // setting.prompts_divisor)):
-            task = case.draw(rng, setting)
-            yield task, conversation(self.encoder, task, setting, rng=rng)
+        """The prompts of a case under a setting: token ids up to where the answer starts."""
+        for task, messages in conversations(
+            self.encoder, name, setting_name, num_prompts=num_prompts, seed=self.seed
+        ):
+            yield task, self.encoder.question(messages, task.tools)
 
     def accuracy(self, name: str, setting_name: str, *, num_prompts: int) -> dict[str, Any]:
         """Share of right answers of a case under a setting."""
@@ -206,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--against", type=Path, help="a model to measure the agreement with")
     parser.add_argument("--num-prompts", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=30_000)
     parser.add_argument("--threads", type=int, default=1)
     parsed = parser.parse_args(arguments)
     torch.set_num_threads(parsed.threads)

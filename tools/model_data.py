@@ -59,12 +59,13 @@ class Mixture(msgspec.Struct, frozen=True, kw_only=True):
     """What the rows of a stage are: relative weights of lengths and of kinds.
 
     Lists of functions are long: rows shorter than `min_tools_length` hold no tools, and a row
-    lists at most one function per 160 of its tokens.
+    lists at most one function per 160 of its tokens. `tasks` weighs the tasks of `plain` rows.
     """
 
     batch_tokens: int
     lengths: Mapping[int, float]
     kinds: Mapping[RowKind, float]
+    tasks: Mapping[str, float] = TASK_WEIGHTS
     min_tools_length: int = 256
 
 
@@ -138,13 +139,20 @@ class BatchMaker:
         } or {"plain": 1.0}
         num_rows = max(1, mixture.batch_tokens // length)
         drawn = rng.choices(list(kinds), weights=list(kinds.values()), k=num_rows)
-        rows = [self.row(kind, rng, length=length) for kind in drawn]
+        rows = [self.row(kind, rng, length=length, tasks=mixture.tasks) for kind in drawn]
         return Batch(
             tokens=torch.tensor(rows),
             is_target=torch.tensor([self.encoder.target_mask(row) for row in rows]),
         )
 
-    def row(self, kind: str, rng: random.Random, *, length: int) -> list[int]:
+    def row(
+        self,
+        kind: str,
+        rng: random.Random,
+        *,
+        length: int,
+        tasks: Mapping[str, float] = TASK_WEIGHTS,
+    ) -> list[int]:
         """The first `length` tokens of one conversation of this kind."""
         match kind:
             case "tools":
@@ -152,14 +160,16 @@ class BatchMaker:
             case "needle":
                 pieces = self._needle_pieces(rng, length)
             case _:
-                pieces = self._plain_pieces(rng)
+                pieces = self._plain_pieces(rng, tasks)
         row: list[int] = []
         while len(row) < length:
             row += next(pieces)
         return row[:length]
 
-    def _plain_turn(self, rng: random.Random) -> list[int]:
-        (task,) = generate_mixed(TASK_WEIGHTS, rng, num_tasks=1, split="train")
+    def _plain_turn(
+        self, rng: random.Random, tasks: Mapping[str, float] = TASK_WEIGHTS
+    ) -> list[int]:
+        (task,) = generate_mixed(tasks, rng, num_tasks=1, split="train")
         return self.encoder.turns((user_message(task.prompt), assistant_message(task.answer)))
 
     def _plain_opening(self, rng: random.Random) -> list[int]:
@@ -167,10 +177,10 @@ class BatchMaker:
         message = {"role": "system", "content": system_message(rng)}
         return self.encoder.opening((message,) if has_system else ())
 
-    def _plain_pieces(self, rng: random.Random) -> Iterator[list[int]]:
+    def _plain_pieces(self, rng: random.Random, tasks: Mapping[str, float]) -> Iterator[list[int]]:
         yield self._plain_opening(rng)
         while True:
-            yield self._plain_turn(rng)
+            yield self._plain_turn(rng, tasks)
 
     def _tool_pieces(self, rng: random.Random, length: int) -> Iterator[list[int]]:
         max_tools = max(1, min(MAX_TOOLS, length // _ROW_TOKENS_PER_TOOL))

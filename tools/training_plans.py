@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from tools.model_data import NEEDLE_LENGTHS, WATCHED, Mixture
+from tools.model_data import NEEDLE_LENGTHS, TASK_WEIGHTS, WATCHED, Mixture
 from tools.model_files import DRAFT_CONFIG, MODEL_CONFIG
 from tools.model_tasks import CHAT_TASKS, TASKS
 
@@ -141,6 +141,40 @@ _MAIN_STAGES = (
         num_eval_tasks=20,
         evaluate_every_steps=200,
     ),
+    Stage(
+        name="far",
+        num_steps=90,
+        mixture=Mixture(
+            batch_tokens=4096,
+            lengths={256: 15, 512: 15, 4096: 70},
+            kinds={"plain": 25, "tools": 15, "needle": 60},
+        ),
+        lr_from=0.3,
+        lr_to=0.25,
+        num_warmup_steps=10,
+        watched=WATCHED,
+        gate={**_bars(_PLAIN, 0.9), **_bars((*TOOL_TASKS, *NEEDLE_LENGTHS), 0.95)},
+        may_end_early=False,
+        num_eval_tasks=20,
+        evaluate_every_steps=90,
+    ),
+    Stage(
+        name="polish",
+        num_steps=180,
+        mixture=Mixture(
+            batch_tokens=4096,
+            lengths={128: 35, 256: 20, 512: 15, 1024: 10, 4096: 20},
+            kinds={"plain": 60, "tools": 20, "needle": 20},
+            tasks={**TASK_WEIGHTS, "sort": 60.0},
+        ),
+        lr_from=0.25,
+        lr_to=0.01,
+        watched=WATCHED,
+        gate={**_bars(_PLAIN, 0.98), **_bars((*TOOL_TASKS, *NEEDLE_LENGTHS), 0.95)},
+        may_end_early=False,
+        num_eval_tasks=40,
+        evaluate_every_steps=180,
+    ),
 )
 _DRAFT_STAGES = (
     Stage(
@@ -157,7 +191,7 @@ _DRAFT_STAGES = (
     ),
     Stage(
         name="all",
-        num_steps=800,
+        num_steps=2400,
         mixture=Mixture(
             batch_tokens=4096,
             lengths={128: 25, 256: 20, 512: 25, 1024: 20, 2048: 10},

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from tools import model_tasks as tasks
+from tools.evaluate_server import answer_text
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-tasks"
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(900)]
 
 
-def oracle(conversations: list[list[dict[str, str]]], max_tokens: int) -> list[str]:
-    """Greedy answers of transformers, float32, one conversation at a time."""
+def oracle(conversations: list[tuple[Any, Any]], max_tokens: int) -> list[str]:
+    """Greedy answers of transformers, float32, one conversation (messages, tools) at a time."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -23,9 +24,13 @@ def oracle(conversations: list[list[dict[str, str]]], max_tokens: int) -> list[s
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     answers = []
-    for messages in conversations:
+    for messages, functions in conversations:
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            list(messages),
+            tools=list(functions) or None,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )
         with torch.inference_mode():
             output = model.generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
@@ -39,14 +44,13 @@ def questions(per_task: int) -> list[tuple[str, Any]]:
     return [(name, tasks.generate(name, rng)) for name in tasks.TASKS for _ in range(per_task)]
 
 
-async def ask(session: Any, url: str, messages: Any, max_tokens: int) -> str:
-    body = {"model": "tiny-tasks", "messages": messages, "temperature": 0}
+async def ask(session: Any, url: str, messages: Any, max_tokens: int, **more: Any) -> str:
+    body = {"model": "tiny-tasks", "messages": messages, "temperature": 0, **more}
     body |= {"max_tokens": max_tokens}
     async with session.post(url + "/v1/chat/completions", json=body) as reply:
         document = await reply.json()
         assert reply.status == 200, document
-        content: str = document["choices"][0]["message"]["content"]
-        return content
+        return answer_text(document["choices"][0]["message"])
 
 
 @pytest.mark.parametrize(
@@ -56,11 +60,10 @@ async def test_R12_answers_equal_transformers_one_by_one(
     serve: Any, session: Any, per_task: int
 ) -> None:
     drawn = questions(per_task)
-    conversations = [[{"role": "user", "content": item.prompt}] for _, item in drawn]
-    expected = oracle(conversations, 64)
+    expected = oracle([(item.messages, ()) for _, item in drawn], 64)
     server = serve("--devices", "cpu:2", workers=2)
     answers = await asyncio.gather(
-        *(ask(session, server.url, messages, 64) for messages in conversations)
+        *(ask(session, server.url, item.messages, 64) for _, item in drawn)
     )
     assert answers == expected
 
@@ -69,3 +72,31 @@ async def test_R12_answers_equal_transformers_one_by_one(
         right[name] += tasks.check(item, answer)
     print({name: f"{count}/{per_task}" for name, count in right.items()})
     assert sum(right.values()) >= 0.95 * len(drawn), right
+
+
+@pytest.mark.parametrize(
+    "per_task", [4, pytest.param(30, marks=pytest.mark.slow)], ids=["small", "full"]
+)
+async def test_R12_answers_with_tools_and_to_long_texts_equal_transformers(
+    serve: Any, session: Any, per_task: int
+) -> None:
+    """The prompt of a conversation with tools is the one that transformers renders, too."""
+    rng = random.Random(21)
+    drawn = [tasks.generate(name, rng) for name in tasks.CHAT_TASKS for _ in range(per_task)]
+    expected = oracle([(item.messages, item.tools) for item in drawn], 96)
+    server = serve("--devices", "cpu:2", workers=2)
+    answers = await asyncio.gather(
+        *(
+            ask(
+                session,
+                server.url,
+                item.messages,
+                96,
+                **({"tools": item.tools} if item.tools else {}),
+            )
+            for item in drawn
+        )
+    )
+    assert answers == expected
+    right = sum(tasks.check(item, text) for item, text in zip(drawn, answers, strict=True))
+    assert right >= 0.85 * len(drawn)

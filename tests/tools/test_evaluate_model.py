@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tools.evaluate_model import CASES, END_ID, Measurement, Setting, answer_ids, conversation
-from tools.model_tasks import TASKS, generate
+from tools.model_tasks import CHAT_TASKS, TASKS, generate
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -19,19 +19,29 @@ def shipped() -> Measurement:
     return Measurement.of(MODELS / "tiny-tasks", seed=1)
 
 
+@pytest.fixture(scope="module")
+def draft() -> Measurement:
+    torch.set_num_threads(1)
+    return Measurement.of(MODELS / "tiny-tasks-draft", seed=1)
+
+
 def test_shipped_weights_solve_their_tasks(shipped: Measurement) -> None:
     plain = [shipped.accuracy(name, "single", num_prompts=5)["accuracy"] for name in TASKS]
+    chat = [shipped.accuracy(name, "single", num_prompts=4)["accuracy"] for name in CHAT_TASKS]
     assert sum(plain) / len(plain) >= 0.95
+    assert sum(chat) / len(chat) >= 0.9
 
 
-def test_texts_with_a_secret_have_the_length_of_their_setting(shipped: Measurement) -> None:
-    (prompt,) = [ids for _, ids in shipped.prompts("needle", "2000_tokens", num_prompts=8)]
+def test_shipped_weights_find_a_secret_in_a_long_text(shipped: Measurement) -> None:
+    setting = "2000_tokens"
+    (prompt,) = [ids for _, ids in shipped.prompts("needle", setting, num_prompts=8)]
     assert 1900 < len(prompt) < 2100
+    assert shipped.accuracy("needle", setting, num_prompts=32)["accuracy"] >= 0.75
 
 
 def test_greedy_answers_are_those_of_generate(shipped: Measurement) -> None:
     model: LlamaForCausalLM = shipped.model
-    for name in ("repeat", "json"):
+    for name in ("repeat", "tool_call"):
         ((_, prompt),) = shipped.prompts(name, "single", num_prompts=1)
         given = torch.tensor([list(prompt)])
         output = model.generate(
@@ -42,10 +52,14 @@ def test_greedy_answers_are_those_of_generate(shipped: Measurement) -> None:
         assert answer[-1] == END_ID
 
 
-def test_agreement_with_itself_is_whole(shipped: Measurement) -> None:
+def test_agreement_with_itself_is_whole_and_of_the_draft_in_part(
+    shipped: Measurement, draft: Measurement
+) -> None:
     same = shipped.agreement(shipped, "repeat", num_prompts=3)
     assert same["agreement"] == 1.0
-    assert same["tokens"] >= 6
+    other = draft.agreement(shipped, "repeat", num_prompts=3)
+    assert other["tokens"] == same["tokens"]
+    assert 0.3 <= other["agreement"] <= 1.0
 
 
 def test_settings_put_the_prompt_where_they_say(shipped: Measurement) -> None:
@@ -53,7 +67,7 @@ def test_settings_put_the_prompt_where_they_say(shipped: Measurement) -> None:
     rng = random.Random(3)
     task = generate("sort", rng, split="held_out")
     for setting in CASES["sort"].settings.values():
-        ids = conversation(encoder, task, setting, rng=rng)
+        ids = encoder.question(conversation(encoder, task, setting, rng=rng), task.tools)
         text = tokenizer.decode(list(ids), skip_special_tokens=False)
         assert text.endswith(f"<|user|>{task.prompt}<|end|><|assistant|>")
         assert text.count("<|system|>") == int(setting.has_system_message)

@@ -91,3 +91,15 @@ def test_short_rows_list_no_functions(tokenizer: Tokenizer) -> None:
 def test_watched_tasks_are_held_out() -> None:
     rng = random.Random(2)
     assert all(held_out_task(name, rng).is_held_out for name in WATCHED for _ in range(3))
+
+
+def test_a_mixture_weighs_the_tasks_of_its_plain_rows(tokenizer: Tokenizer) -> None:
+    maker = BatchMaker(tokenizer, seed=1)
+    mixture = Mixture(
+        batch_tokens=512, lengths={256: 1.0}, kinds={"plain": 1.0}, tasks={"repeat": 1.0}
+    )
+    batch = maker.batch(mixture, 0)
+    answers = tokenizer.decode(batch.tokens[batch.is_target].tolist(), skip_special_tokens=False)
+    *whole, _ = answers.split("<|end|>")
+    assert len(whole) > 3
+    assert all(len(set(answer.split())) == 1 for answer in whole[:3])
