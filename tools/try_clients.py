@@ -4,9 +4,10 @@ For every client: make a virtual environment (once), install the published packa
 program that uses it as its manual says, or its command. Nothing of the clients is patched, and the
 server gets no special setting. One line per thing tried.
 
-    python tools/try_clients.py --home /tmp/clients --only openai litellm
+    python -m tools.try_clients --home DIR --only openai litellm
 
-guidellm needs torch: the CPU build is installed first, so that no CUDA packages are drawn.
+guidellm needs torch: the CPU build is installed first, so that no CUDA packages are drawn. litellm
+needs `mcp` as soon as a request has tools, and does not draw it itself.
 """
 
 import argparse
@@ -28,142 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from appliance.core.types import Record
+from tools.client_programs import INSTRUCTOR, LANGCHAIN, LITELLM, OPENAI, PRELUDE
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny-tasks"
 TOKENIZER = ROOT / "models" / MODEL
 CLIENT_SECONDS = 600
-PRELUDE = """
-import os
-BASE, MODEL = os.environ["BASE_URL"], os.environ["MODEL"]
-ASK = [{"role": "user", "content": "Spell ocean letter by letter."}]
-def check(name, function):
-    try:
-        words, outcome = function(), "ok"
-    except Exception as error:
-        words, outcome = f"{type(error).__name__}: {error}", "FAILED"
-    print("@", outcome, name, " ".join(str(words).split())[:300], sep="\\t", flush=True)
-def raises(kind, function):
-    try:
-        function()
-    except kind as error:
-        return f"{type(error).__name__} {getattr(error, 'code', None) or ''}"
-    raise AssertionError("nothing was raised")
-"""
-OPENAI = """
-import openai
-from openai import OpenAI
-from pydantic import BaseModel
-client = OpenAI(base_url=BASE, api_key="none")
-chat, completions = client.chat.completions.create, client.completions.create
-settings = {"model": MODEL, "messages": ASK, "temperature": 0}
-class Person(BaseModel):
-    name: str
-    age: int
-weather = {"type": "function", "function": {"name": "get_weather", "description": "Weather",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string"}},
-                   "required": ["city"]}}}
-def streamed():
-    chunks = list(chat(stream=True, stream_options={"include_usage": True}, **settings))
-    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert chunks[-1].usage.completion_tokens > 0 and not chunks[-1].choices
-    return text
-def helper():
-    with client.chat.completions.stream(**settings) as stream:
-        for _ in stream:
-            pass
-        return stream.get_final_completion().choices[0].message.content
-def responded():
-    with client.responses.stream(model=MODEL, input="Spell ocean letter by letter.") as stream:
-        for _ in stream:
-            pass
-        return stream.get_final_response().output_text
-def called():
-    answer = chat(model=MODEL, messages=[{"role": "user", "content": "Weather in Paris?"}],
-                  tools=[weather], tool_choice="required", temperature=0, max_tokens=200)
-    return answer.choices[0].message.tool_calls[0].function
-check("models", lambda: [m.id for m in client.models.list()] + [client.models.retrieve(MODEL).id])
-check("chat", lambda: chat(**settings).choices[0].message.content)
-check("chat, streamed, with usage", streamed)
-check("chat, stream helper", helper)
-check("completion, n=2, logprobs", lambda: len(completions(
-    model=MODEL, prompt="repeat ox", n=2, logprobs=2, max_tokens=8, temperature=0.7).choices))
-check("completion of token ids", lambda: completions(
-    model=MODEL, prompt=[5, 6, 7], max_tokens=4).usage.completion_tokens)
-check("unknown model", lambda: raises(openai.NotFoundError, lambda: chat(
-    **{**settings, "model": "x"})))
-check("prompt too long", lambda: raises(openai.BadRequestError, lambda: completions(
-    model=MODEL, prompt="word " * 9000)))
-check("embeddings refused by name", lambda: raises(openai.NotFoundError, lambda:
-    client.embeddings.create(model=MODEL, input="x")))
-check("responses", lambda: client.responses.create(
-    model=MODEL, input="Spell ocean letter by letter.", temperature=0).output_text)
-check("responses, streamed", responded)
-check("JSON schema (parse)", lambda: client.chat.completions.parse(
-    model=MODEL, messages=[{"role": "user", "content": "A person as JSON."}],
-    response_format=Person, temperature=0, max_tokens=300).choices[0].message.parsed)
-check("tool call, required", called)
-"""
-LITELLM = """
-import asyncio, json, litellm
-at = {"api_base": BASE, "api_key": "none"}
-settings = {"model": "openai/" + MODEL, "messages": ASK, "temperature": 0, **at}
-complete = litellm.completion
-check("chat", lambda: complete(**settings).choices[0].message.content)
-check("chat, streamed", lambda: "".join(c.choices[0].delta.content or "" for c in complete(
-    stream=True, stream_options={"include_usage": True}, **settings)))
-check("chat, async", lambda: asyncio.run(litellm.acompletion(**settings)).usage.total_tokens)
-check("chat as hosted_vllm", lambda: complete(
-    **{**settings, "model": "hosted_vllm/" + MODEL}).choices[0].message.content)
-check("text completion", lambda: litellm.text_completion(
-    model="text-completion-openai/" + MODEL, prompt="repeat ox", max_tokens=8, **at).usage)
-check("prompt too long", lambda: raises(litellm.ContextWindowExceededError, lambda: complete(
-    **{**settings, "messages": [{"role": "user", "content": "word " * 9000}]})))
-check("unknown model", lambda: raises(litellm.NotFoundError, lambda: complete(
-    **{**settings, "model": "openai/other"})))
-schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
-          "additionalProperties": False}
-wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-check("JSON schema", lambda: json.loads(complete(
-    response_format=wanted, max_tokens=200, **settings).choices[0].message.content)["a"])
-"""
-LANGCHAIN = """
-import asyncio
-from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
-class Person(BaseModel):
-    name: str
-    age: int
-at = {"model": MODEL, "base_url": BASE, "api_key": "none"}
-chat = ChatOpenAI(temperature=0, **at)
-words = ASK[0]["content"]
-async def streamed():
-    return "".join([chunk.content async for chunk in chat.astream(words)])
-check("invoke", lambda: chat.invoke(words).content)
-check("stream", lambda: "".join(chunk.content for chunk in chat.stream(words)))
-check("stream, async", lambda: asyncio.run(streamed()))
-check("batch", lambda: [m.content for m in chat.batch([words, "Reverse the word stone."])])
-check("usage", lambda: chat.invoke(words).usage_metadata)
-check("completion", lambda: repr(OpenAI(max_tokens=6, **at).invoke("repeat ox")))
-check("structured output, JSON schema", lambda: ChatOpenAI(
-    temperature=0, max_tokens=300, **at).with_structured_output(
-        Person, method="json_schema").invoke("A person as JSON."))
-"""
-INSTRUCTOR = """
-import instructor
-from openai import OpenAI
-from pydantic import BaseModel
-class Person(BaseModel):
-    name: str
-    age: int
-def ask(mode):
-    client = instructor.from_openai(OpenAI(base_url=BASE, api_key="none"), mode=mode)
-    return client.chat.completions.create(
-        model=MODEL, response_model=Person, max_retries=0, temperature=0, max_tokens=300,
-        messages=[{"role": "user", "content": "A person."}])
-for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
-    check(f"mode {mode.value}", lambda: ask(mode))
-"""
 
 
 class Client(Record, frozen=True, kw_only=True):
@@ -190,7 +61,7 @@ class Row(Record, frozen=True):
 
 CLIENTS: Mapping[str, Client] = {
     "openai": Client(packages=["openai"], shown=["openai"], program=OPENAI),
-    "litellm": Client(packages=["litellm"], shown=["litellm", "openai"], program=LITELLM),
+    "litellm": Client(packages=["litellm", "mcp"], shown=["litellm", "openai"], program=LITELLM),
     "langchain": Client(
         packages=["langchain-openai"], shown=["langchain-openai", "openai"], program=LANGCHAIN
     ),
