@@ -54,6 +54,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = ""
     """Device profile of the paced engine."""
     threads: int = 1
+    native: str = "auto"
+    """Kernels in C: "auto" where they can be built, "off", or "required"."""
     heartbeat_seconds: float = 0.1
     faults: tuple[FaultRule, ...] = ()
     validate: bool = False

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from appliance.core.model_shape import kv_slab_bytes, parse_dtype, slab_bytes
 from appliance.core.payload import Sampling, SequenceState
@@ -18,6 +19,7 @@ from appliance.core.types import (
     WorkerId,
 )
 from appliance.worker.engine import SampledToken
+from appliance.worker.native.build import Library, NativeUnavailable, ensure_built
 from appliance.worker.torch_engine import TorchEngine, read_shape
 
 
@@ -32,11 +34,30 @@ def state_of(
     )
 
 
+def need_native() -> Library:
+    """The built kernels; skips the test, saying why, where there are none."""
+    try:
+        return ensure_built()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+
+
 class Slabs:
     """The node's part: memory files for weights and KV that outlive an engine."""
 
-    def __init__(self, directory: Path, *, dtype: str = "float32", num_blocks: int = 400) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: str = "float32",
+        num_blocks: int = 400,
+        native: str = "auto",
+    ) -> None:
+        """`native` as in `WorkerStart`; "required" skips the test where no compiler is."""
+        if native == "required":
+            need_native()
         self.directory, self.dtype, self.num_blocks = directory, dtype, num_blocks
+        self.native = native
         shape = read_shape(directory)
         self.weights = os.memfd_create("weights")
         os.ftruncate(self.weights, slab_bytes(shape, parse_dtype(dtype)))
@@ -60,6 +81,7 @@ class Slabs:
             has_weights_fd=True,
             load_weights=load,
             hash_key=b"",
+            native=self.native,
         )
 
     def engine(self, *, load: bool = True, max_model_len: int = 512) -> TorchEngine:

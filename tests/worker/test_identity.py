@@ -122,11 +122,19 @@ def check_tokens(oracle: Any, all_prompts: Sequence[Any], found: Sequence[list[i
         assert logits.argmax(-1).tolist() == answer
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
+ALWAYS_IN_TORCH = ("llama-biased-mha", "qwen3")
+CASES = [
+    pytest.param(name, native, id=f"{name}-{native}", marks=[pytest.mark.slow] * slow)
+    for name in sorted(VARIANTS)
+    for native, slow in (("required", False), ("off", name not in ALWAYS_IN_TORCH))
+]
+
+
+@pytest.mark.parametrize(("name", "native"), CASES)
 def test_R12_tokens_do_not_depend_on_batch_chunks_cache_preemption_or_depth(
-    checkpoint: CheckpointStore, name: str
+    checkpoint: CheckpointStore, name: str, native: str
 ) -> None:
-    slabs = Slabs(checkpoint(name), num_blocks=400)
+    slabs = Slabs(checkpoint(name), num_blocks=400, native=native)
     engine = slabs.engine()
     many = prompts(32)
     reference = answers(
@@ -147,10 +155,13 @@ def test_R12_tokens_do_not_depend_on_batch_chunks_cache_preemption_or_depth(
     slabs.close()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "native"), [("float32", "off"), ("float32", "required"), ("bfloat16", "required")]
+)
 def test_R12_seeded_answers_do_not_depend_on_batch_preemption_or_depth(
-    checkpoint: CheckpointStore,
+    checkpoint: CheckpointStore, dtype: str, native: str
 ) -> None:
-    slabs = Slabs(checkpoint("qwen3"), num_blocks=400)
+    slabs = Slabs(checkpoint("qwen3"), num_blocks=400, native=native, dtype=dtype)
     engine = slabs.engine()
     many = prompts(32)
     drawn = Sampling(temperature=1.2, top_p=0.9, seed=7)

@@ -1,4 +1,4 @@
-"""The CPU engine: tokens equal to transformers', whatever the batch; slabs; refusals."""
+"""The CPU engine over both forward passes: tokens equal to transformers', slabs, refusals."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -34,9 +34,9 @@ PROMPTS = [random_prompt(i, length) for i, length in enumerate(LENGTHS)]
 class Rig:
     """An engine of one checkpoint and fresh drivers for it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, native: str) -> None:
         self.directory = directory
-        self.slabs = Slabs(directory, num_blocks=NUM_BLOCKS)
+        self.slabs = Slabs(directory, num_blocks=NUM_BLOCKS, native=native)
         self.engine = self.slabs.engine()
 
     def driver(self, seed: int = 0) -> Driver:
@@ -52,9 +52,12 @@ class Rig:
         return driver.known[0][len(prompt) :]
 
 
-@pytest.fixture(scope="module")
-def rig(checkpoint: CheckpointStore) -> Iterator[Rig]:
-    made = Rig(checkpoint("qwen3"))
+BOTH = pytest.mark.parametrize("native", ["off", "required"])
+
+
+@pytest.fixture(scope="module", params=["off", "required"])
+def rig(request: pytest.FixtureRequest, checkpoint: CheckpointStore) -> Iterator[Rig]:
+    made = Rig(checkpoint("qwen3"), native=request.param)
     yield made
     made.slabs.close()
 
@@ -74,11 +77,12 @@ def check_against_oracle(oracle: Any, prompt: Sequence[int], answer: Sequence[in
     return len(answer)
 
 
+@BOTH
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_R12_greedy_tokens_equal_those_of_transformers_alone_and_among_32(
-    checkpoint: CheckpointStore, name: str
+    checkpoint: CheckpointStore, name: str, native: str
 ) -> None:
-    rig = Rig(checkpoint(name))
+    rig = Rig(checkpoint(name), native=native)
     oracle = load_oracle(checkpoint(name), dtype=torch.float64)
     answers: dict[str, list[list[int]]] = {"alone": [rig.alone(p) for p in PROMPTS[:8]]}
     for kind, chunk in (("whole", 512), ("chunked", 13)):
@@ -216,14 +220,15 @@ def test_the_engine_says_what_it_can_hold_and_which_kernels_it_chose(rig: Rig) -
     assert "row-invariant at 1 thread(s)" in info.notes[0]
 
 
-def test_bfloat16_serves(checkpoint: CheckpointStore) -> None:
-    slabs = Slabs(checkpoint("llama"), dtype="bfloat16", num_blocks=NUM_BLOCKS)
+@BOTH
+def test_bfloat16_serves(checkpoint: CheckpointStore, native: str) -> None:
+    slabs = Slabs(checkpoint("llama"), dtype="bfloat16", num_blocks=NUM_BLOCKS, native=native)
     engine = slabs.engine()
     driver = Driver(engine, num_blocks=NUM_BLOCKS)
     driver.add(0, PROMPTS[1])
     driver.generate({0: len(PROMPTS[1]) + NEW})
     slabs.close()
-    assert "not row-invariant" in engine.info.notes[0]
+    assert ("not row-invariant" in engine.info.notes[0]) == (native == "off")
     assert all(0 <= token < 199 for token in driver.known[0])
 
 
