@@ -146,6 +146,7 @@ async def test_R9_a_worker_that_does_not_answer_is_rolled_back_and_serves(expect
         assert await answered(node, "a") == expected
         (newest, *_) = node.asks.decisions(1)
         assert newest.outcome.startswith("rolled back")
+        await until(lambda: node.stats.worker(D).flips == 2)  # it wakes, and hears both words
         again = await node.asks.roles([(P, Role.DECODE), (D, Role.PREFILL)])
         assert again.outcome is Outcome.DONE
         await settled(node)
