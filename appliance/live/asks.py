@@ -92,17 +92,7 @@ class Asks:
 
     def decided(self, decision: Decided) -> None:
         """Keep a decision; one that is known is replaced where it stands."""
-        if decision.kind != "none":
-            log.info(
-                "decided: %s" if decision.decision not in self._decisions else "decision ended: %s",
-                decision.kind,
-                extra={
-                    "workers": list(decision.workers),
-                    "by": decision.by,
-                    "trigger": decision.trigger,
-                    "outcome": decision.outcome,
-                },
-            )
+        _say(decision)
         self._decisions[decision.decision] = decision
         if len(self._decisions) > MAX_DECISIONS:
             self._decisions.popitem(last=False)
@@ -117,6 +107,17 @@ class Asks:
         for number, future in self._open.items():
             if not future.done():
                 future.set_result(_refused(number, reason))
+
+
+def _say(decision: Decided) -> None:
+    """Into the log, when it is over; a phase that others must serve also when it begins."""
+    if decision.kind == "none":
+        return
+    level = logging.INFO if decision.outcome or decision.kind == "fallback" else logging.DEBUG
+    words: dict[str, object] = {"workers": list(decision.workers), "by": decision.by, "trigger": decision.trigger}
+    if decision.outcome:
+        words["outcome"] = decision.outcome
+    log.log(level, "decision: %s", decision.kind, extra=words)
 
 
 def _refused(ask: int, reason: str) -> Answered:

@@ -3,6 +3,7 @@
 Nothing here decides anything; what it keeps is read by the surfaces.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
@@ -31,6 +32,8 @@ from appliance.live.stats import NodeStats
 
 log = logging.getLogger(__name__)
 MAX_MILESTONES = 400
+LINK_DOWN_SECONDS = 1.0
+GONE = frozenset({WorkerState.DEAD, WorkerState.QUARANTINED, WorkerState.STARTING})
 
 
 class Bookkeeper:
@@ -140,14 +143,24 @@ class Bookkeeper:
                 self._link_down(message)
 
     def _link_down(self, message: LinkDown) -> None:
-        """A peer's death is said elsewhere; any other reason is a slower node."""
-        words = {"worker": message.worker, "peer": message.peer, "reason": message.reason}
-        peer = self._dispatcher.view.workers.get(message.peer)
-        gone = peer is None or peer.state in (WorkerState.DEAD, WorkerState.QUARANTINED)
-        if gone or self._dispatcher.epoch(message.peer) != message.peer_epoch:
-            log.debug("link is down: its peer has gone", extra=words)
-        else:
-            log.warning("link is down: no KV moves this way any more", extra=words)
+        """A peer's death is heard of a little later than that its doorbell is mute, and said
+        elsewhere; any other reason is a slower node, which must not stay unsaid."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(LINK_DOWN_SECONDS, self._say_link_down, message)
+
+    def _say_link_down(self, message: LinkDown) -> None:
+        workers = self._dispatcher.view.workers
+        for worker in (message.worker, message.peer):
+            view = workers.get(worker)
+            if view is None or view.state in GONE:
+                return
+        is_up = (message.worker, message.peer) in self._moves.links
+        if is_up or self._dispatcher.epoch(message.peer) != message.peer_epoch:
+            return
+        log.warning(
+            "link is down: no KV moves this way any more",
+            extra={"worker": message.worker, "peer": message.peer, "reason": message.reason},
+        )
 
     def _watch_readiness(self, now: float) -> None:
         views = self._dispatcher.view.workers.values()

@@ -215,7 +215,7 @@ class Moves:
             self._host.tell([self._down(peer, epoch, probed.failed)])
             return
         words = {"peer": peer, "path": probed.path, "bytes_per_second": probed.bytes_per_second}
-        log.info("link is up", extra=words)
+        log.debug("link is up", extra=words)
         up = LinkUp(
             worker=self._worker,
             peer=peer,
@@ -226,7 +226,7 @@ class Moves:
         self._host.tell([up])
 
     def _lose(self, peer: WorkerId, epoch: int, reason: str) -> None:
-        log.info("link is down", extra={"peer": peer, "reason": reason})
+        log.debug("link is down", extra={"peer": peer, "reason": reason})
         lost = self._batcher.peer_lost(peer, self._clock())
         self._host.tell([self._down(peer, epoch, reason), *lost])
 

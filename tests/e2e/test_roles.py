@@ -202,7 +202,7 @@ async def test_R9_flips_under_load_lose_and_double_nothing(
         decisions = (await reply.json())["decisions"]
     flips = [each for each in decisions if each["kind"] == "flip" and each["by"] == "operator"]
     assert len(flips) == 10
-    assert all(each["outcome"] == "done" for each in flips)
+    assert all(each["outcome"].startswith("done") for each in flips)
     assert server.state()["workers"][1]["flips"] == 10
 
 
