@@ -52,8 +52,8 @@ class PeerPool(Protocol):
         """Copy something that nobody needs; bytes per second, the best of some."""
 
     def copy(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> Iterator[None]:
-        """Copy block `sources[i]` over our block `targets[i]`, slice by slice: each step of the
-        iterator copies one. Raises `IndexError` for blocks that do not exist."""
+        """Copy block `sources[i]` over our block `targets[i]`; the iterator stops between two
+        slices. Raises `IndexError` for blocks that do not exist."""
 
     def generations(self, blocks: Sequence[BlockId]) -> list[int]:
         """What the peer's index says of them now."""
@@ -147,10 +147,11 @@ class SharedPool:
         to = (ours + into * size).tolist()
         num_bytes = (counts * size).tolist()
         for end in _slices(counts, limit=limit):
+            if begin:
+                yield
             for index in range(begin, end):
                 move(to[index], from_[index], num_bytes[index])
             begin = end
-            yield
 
     def generations(self, blocks: Sequence[BlockId]) -> list[int]:
         """See `PeerPool`."""
