@@ -94,7 +94,7 @@ def _largest_pool(state: NodeState) -> int | None:
     pools = [
         slot.capacity_tokens
         for slot in state.slots.values()
-        if slot.state is not WorkerState.QUARANTINED
+        if slot.state is not WorkerState.QUARANTINED and not slot.parked
     ]
     sizes = [size for size in pools if size is not None]
     return max(sizes, default=None) if len(sizes) == len(pools) else None

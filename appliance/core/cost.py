@@ -6,15 +6,18 @@ A first, honest model with three means per node and one per worker, each an expo
     seconds of a decode step    of steps that computed no prefill
     seconds per prefill token   (step seconds - decode step seconds) / prefill tokens
     tokens of an answer         of answers that ended
+    seconds of a copy           beside its bytes over the speed of the link
 
-It answers two questions: how much work waits at a worker (placement), and how long the backlog
-lasts (`Retry-After`). A sequence in decode costs its share of the steps of a full batch. Before
+It answers how much work waits at a worker (placement), how long the backlog lasts
+(`Retry-After`), what a role would have to do (`appliance.policy.role_control`), and whether cached
+blocks are cheaper copied than computed. A sequence in decode costs its share of the steps of a full
+batch. Before
 anything was observed the model answers with its priors, so that an order between workers always
 exists."""
 
 from collections.abc import Iterable
 
-from appliance.core.messages import StepReported
+from appliance.core.messages import PrefixPulled, StepReported
 from appliance.core.types import WorkerId
 from appliance.core.view import WorkerView
 
@@ -29,12 +32,14 @@ class CostModel:
         prefill_token_seconds: float = 1e-4,
         decode_step_seconds: float = 0.02,
         answer_tokens: float = 64.0,
+        copy_overhead_seconds: float = 1e-3,
         memory: float = 0.1,
     ) -> None:
         """The priors, and the weight of the newest observation in each mean (0 < memory <= 1)."""
         self._prefill_token = prefill_token_seconds
         self._decode_step = decode_step_seconds
         self._answer = answer_tokens
+        self._copy_overhead = copy_overhead_seconds
         self._memory = memory
         self._steps: dict[WorkerId, float] = {}
 
@@ -53,6 +58,26 @@ class CostModel:
         for end in report.finished:
             self._answer += weight * (end.emitted_tokens - self._answer)
 
+    def observe_copy(self, report: PrefixPulled, bytes_per_second: float) -> None:
+        """Learn from one copy of cached blocks over a link of that speed."""
+        if report.num_bytes:
+            beside = max(0.0, report.seconds - report.num_bytes / bytes_per_second)
+            self._copy_overhead += self._memory * (beside - self._copy_overhead)
+
+    def copy_seconds(self, num_bytes: int, bytes_per_second: float) -> float:
+        """Copying cached blocks from a peer."""
+        return self._copy_overhead + num_bytes / bytes_per_second
+
+    @property
+    def decode_step_seconds(self) -> float:
+        """A step that computes no prefill."""
+        return self._decode_step
+
+    @property
+    def answer_tokens(self) -> float:
+        """Length of an answer."""
+        return self._answer
+
     def step_seconds(self, worker: WorkerId) -> float:
         """Mean of the worker's recent steps; 0 before the first."""
         return self._steps.get(worker, 0.0)
@@ -68,7 +93,8 @@ class CostModel:
     def work_seconds(self, worker: WorkerView, new_tokens: int) -> float:
         """Work at this worker if it also got a sequence with `new_tokens` to prefill."""
         prefill = self.prefill_seconds(worker.pending_tokens + new_tokens)
-        return prefill + (worker.assigned + 1) * self.decode_seconds(worker.max_num_seqs)
+        here = worker.assigned + worker.incoming
+        return prefill + (here + 1) * self.decode_seconds(worker.max_num_seqs)
 
     def backlog_seconds(
         self, workers: Iterable[WorkerView], *, num_waiting: int, waiting_tokens: int
@@ -80,5 +106,5 @@ class CostModel:
         total = self.prefill_seconds(waiting_tokens) + num_waiting * self.decode_seconds(seqs)
         for worker in serving:
             total += self.prefill_seconds(worker.pending_tokens)
-            total += worker.assigned * self.decode_seconds(worker.max_num_seqs)
+            total += (worker.assigned + worker.incoming) * self.decode_seconds(worker.max_num_seqs)
         return total / max(1, len(serving))

@@ -17,7 +17,9 @@ from typing import assert_never
 
 from appliance.core.admission import end_hopeless, legal_refusal, retry_after
 from appliance.core.asks import ParkAsked, RolesAsked, WakeAsked, WorkerAsked
+from appliance.core.audit import Audit
 from appliance.core.cost import CostModel
+from appliance.core.flipping import Flipper
 from appliance.core.invariants_node import NodeAuditor
 from appliance.core.isolation import Isolation
 from appliance.core.life_keeping import LifeKeeper
@@ -51,9 +53,13 @@ from appliance.core.messages import (
     WorkerDown,
     WorkerUp,
 )
-from appliance.core.node_state import DispatcherConfig, NodeState
-from appliance.core.slots import Accept, DispatchSlots, Refuse
-from appliance.core.types import ErrorKind, Phase, Request, RequestId, WorkerId, WorkerSpec
+from appliance.core.moving import Mover
+from appliance.core.node_config import DispatcherConfig
+from appliance.core.node_state import NodeState
+from appliance.core.placing import Placer
+from appliance.core.roster import Roster
+from appliance.core.slots import Accept, DispatchSlots, PolicyMistake, Refuse
+from appliance.core.types import ErrorKind, Request, RequestId, WorkerId, WorkerSpec
 from appliance.core.view import NodeView
 from appliance.core.worker_table import SERVING, WorkerSlot
 
@@ -61,10 +67,6 @@ __all__ = ["Dispatcher", "DispatcherConfig", "PolicyMistake"]
 
 HOPELESS = frozenset({ErrorKind.TOO_LONG, ErrorKind.GRAMMAR})
 """What a worker refuses for good: no other worker and no other time would help."""
-
-
-class PolicyMistake(Exception):
-    """A policy answered what the mechanism cannot carry out."""
 
 
 class Dispatcher:
@@ -86,6 +88,11 @@ class Dispatcher:
         self._policy = policy
         self._life = LifeKeeper(self._state)
         self._isolation = Isolation(self._state)
+        audit = Audit(self._state)
+        self._placer = Placer(self._state, policy=policy, audit=audit)
+        self._mover = Mover(self._state, policy=policy, audit=audit)
+        self._flipper = Flipper(self._state, audit=audit)
+        self._roster = Roster(self._state, life=self._life, audit=audit)
         self._policy_wake: float | None = None
         self._now = 0.0
         self._auditor = NodeAuditor(self._state) if validate else None
@@ -154,7 +161,13 @@ class Dispatcher:
             for _, until in record.avoid.values()
             if until > self._now
         ]
-        times += [at for at in (self._life.next_start, self._policy_wake) if at is not None]
+        named = (
+            self._life.next_start,
+            self._policy_wake,
+            self._flipper.next_deadline,
+            self._roster.next_deadline,
+        )
+        times += [at for at in named if at is not None]
         return min(times, default=None)
 
     # --- the four moves -----------------------------------------------------------------------
@@ -179,11 +192,17 @@ class Dispatcher:
         if self._life.pools_changed:
             self._life.pools_changed = False
             end_hopeless(state, now)
+        if self._policy.roles is not None:
+            self._flipper.ask_policy(self._policy.roles, now)
+        self._mover.step(now)
+        self._flipper.step(now)
+        self._roster.step(now)
         said = -1
-        while said != len(state.out):
+        while said != len(state.out):  # from here on no worker that is ready ceases to be
             said = len(state.out)
             self._isolation.step(now)
-            self._place_waiting(now)
+            self._placer.step(now)
+            self._mover.step(now)
         self._policy_wake = self._policy.wakeup(state.view, now)
 
     def _record(self, message: Input, now: float) -> None:
@@ -198,8 +217,14 @@ class Dispatcher:
                 self._state.is_draining = True
             case DrainExpired():
                 self._drain_expired(now)
-            case RolesAsked() | ParkAsked() | WakeAsked() | WorkerAsked():
-                pass
+            case RolesAsked():
+                self._flipper.asked(message, now)
+            case ParkAsked():
+                self._roster.park_asked(message, now)
+            case WakeAsked():
+                self._roster.wake_asked(message, now)
+            case WorkerAsked():
+                self._roster.worker_asked(message, now)
             case _:
                 slot = self._state.slots.get(message.worker)
                 if slot is not None:
@@ -214,6 +239,8 @@ class Dispatcher:
             match self._policy.admit(state.view, request, now):
                 case Accept():
                     state.requests.add(request, now)
+                    state.totals.arrived += 1
+                    state.totals.prompt_tokens += request.prompt_tokens
                     return
                 case Refuse(kind=kind, reason=reason, retry_after=after):
                     if after is None and kind is ErrorKind.QUEUE_FULL:
@@ -251,9 +278,12 @@ class Dispatcher:
     def _report(self, slot: WorkerSlot, report: Report, now: float) -> None:
         match report:
             case WorkerUp():
-                self._life.worker_up(slot, report, now)
+                if self._life.worker_up(slot, report, now):
+                    self._roster.worker_up(slot, now)
             case WorkerDown():
-                self._life.worker_down(slot, report, now)
+                if self._life.worker_down(slot, report, now):
+                    self._flipper.worker_lost(slot, now)
+                    self._roster.worker_lost(slot, now)
             case Refused(command="Start"):
                 slot.last_words = report.reason
             case _ if slot.state not in SERVING:
@@ -266,22 +296,50 @@ class Dispatcher:
                 slot.note_cache(report)
             case Preempted():
                 self._preempted(slot, report)
+            case Prefilled():
+                self._mover.prefilled(slot, report, now)
+            case KvPulled():
+                self._mover.kv_pulled(slot, report, now)
+            case PullFailed():
+                self._mover.pull_failed(slot, report, now)
+            case Released():
+                self._mover.released(slot, report, now)
+            case LinkUp() | LinkDown():
+                self._mover.link(slot, report)
+            case PrefixPulled():
+                self._mover.prefix_pulled(slot, report)
             case Aborted():
-                words = f"worker {slot.id} dropped the request"
-                self._given_back(slot, report.request_id, now, kind=ErrorKind.INTERNAL, words=words)
-            case Refused(command="Assign", request_id=int(request_id)):
-                self._given_back(
-                    slot, RequestId(request_id), now, kind=report.kind, words=report.reason
-                )
+                self._aborted(slot, report, now)
             case RoleChanged():
-                slot.role = report.role
-                slot.touch()
-            case LinkUp() | LinkDown() | PrefixPulled():
-                pass
-            case Refused() | Prefilled() | Released() | KvPulled() | PullFailed() | WeightsLoaded():
-                pass  # answers to what is never asked for here, or only of interest to the shell
+                self._flipper.role_changed(slot, report, now)
+            case Refused():
+                self._refused(slot, report, now)
+            case WeightsLoaded():
+                pass  # only of interest to the shell
             case never:
                 assert_never(never)
+
+    def _aborted(self, slot: WorkerSlot, report: Aborted, now: float) -> None:
+        leaving = slot.leaving.get(report.request_id)
+        if leaving is not None:
+            self._state.left(leaving, slot)
+            return
+        words = f"worker {slot.id} dropped the request"
+        self._given_back(slot, report.request_id, now, kind=ErrorKind.INTERNAL, words=words)
+
+    def _refused(self, slot: WorkerSlot, report: Refused, now: float) -> None:
+        match report.command:
+            case "Assign" if report.request_id is not None:
+                request_id = report.request_id
+                self._given_back(slot, request_id, now, kind=report.kind, words=report.reason)
+            case "Pull" | "Migrate":
+                self._mover.refused(slot, report, now)
+            case "SetRole":
+                self._flipper.refused(slot, report.reason, now)
+            case "Park":
+                self._roster.refused(slot, report.reason, now)
+            case _:
+                pass  # answers to what is never asked for here
 
     def _step_reported(self, slot: WorkerSlot, report: StepReported, now: float) -> None:
         """The hot path: once per step and worker, a lookup per sequence that emitted."""
@@ -298,10 +356,11 @@ class Dispatcher:
             if record.pending:
                 self._state.settle(record)
             if record.state is RequestState.ASSIGNED:
-                self._state.requests.move(record, decoding, now, worker=slot.id)
+                state = decoding if record.move is None else RequestState.MIGRATING
+                self._state.requests.move(record, state, now, worker=slot.id)
                 if record.first_token_at is None:
                     record.first_token_at = now
-            if record.state is decoding:
+            if record.state is decoding or record.state is RequestState.MIGRATING:
                 record.emitted += counts[index] if counts else 1
         if slot.reserved:
             self._isolation.stepped(report)
@@ -310,14 +369,16 @@ class Dispatcher:
             if record is None:
                 continue
             if record.state is RequestState.CANCELLING:
-                self._state.end_cancelled(record, now)
+                self._state.confirm_cancelled(record, now)
             else:
                 self._state.finish(record, now, reason=end.reason, cached_tokens=end.cached_tokens)
 
     def _preempted(self, slot: WorkerSlot, report: Preempted) -> None:
         """It is recomputed at the same worker: its tokens are pending again."""
         record = slot.assigned.get(report.request_id)
-        if record is not None and record.state is RequestState.DECODING and not record.pending:
+        if record is None or record.pending:
+            return
+        if record.state in (RequestState.DECODING, RequestState.MIGRATING):
             record.pending = report.lost_tokens
             slot.pending_tokens += report.lost_tokens
             slot.touch()
@@ -332,7 +393,7 @@ class Dispatcher:
             return
         state, config = self._state, self._state.config
         if record.state is RequestState.CANCELLING:
-            state.end_cancelled(record, now)
+            state.confirm_cancelled(record, now)
             return
         record.refusals += 1
         if kind in HOPELESS or record.refusals > config.max_refusals:
@@ -340,31 +401,3 @@ class Dispatcher:
             return
         pause = config.refusal_pause * 2 ** (record.refusals - 1)
         state.requeue(record, now, avoid_until=now + pause)
-
-    # --- placement ----------------------------------------------------------------------------
-
-    def _place_waiting(self, now: float) -> None:
-        """Offer the waiting requests to the policy in its order while some worker is open."""
-        state = self._state
-        if not len(state.requests.queue) or not state.any_open():
-            return
-        view, place = state.view, self._policy.place
-        for request in self._policy.order(state.requests.queue.requests(), view, now):
-            record = state.requests.get(request.id)
-            if record is None or not state.requests.is_queued(record):
-                raise PolicyMistake(f"order: request {request.id} is not in the queue")
-            willing = state.willing(record, now)
-            if not willing:
-                continue
-            chosen = place(view, request, Phase.PREFILL, now)
-            if chosen is None:
-                continue
-            slot = state.slots.get(chosen)
-            if slot not in willing:
-                raise PolicyMistake(
-                    f"place: worker {chosen} may not get request {request.id}; willing: "
-                    f"{[s.id for s in willing]}; {record.story()}"
-                )
-            state.assign(record, slot, now)
-            if not state.any_open():
-                return

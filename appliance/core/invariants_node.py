@@ -10,9 +10,13 @@ from collections.abc import Callable, Sequence
 from appliance.core.admission import too_large
 from appliance.core.invariants import LawBroken
 from appliance.core.lifecycle import RequestState, WorkerState
-from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Reject
+from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Pull, Reject
 from appliance.core.node_state import NodeState
 from appliance.core.types import Record, RequestId
+from appliance.core.worker_table import SERVING
+
+AT_WORK = frozenset({WorkerState.READY, WorkerState.DRAINING, WorkerState.FLIPPING})
+"""States in which a worker may have requests."""
 
 
 class Heard(Record, frozen=True, kw_only=True):
@@ -41,18 +45,57 @@ def law_0_books_agree(heard: Heard) -> None:
     for slot in heard.state.slots.values():
         pending = sum(record.pending for record in slot.assigned.values())
         _want(0, slot.pending_tokens == pending, f"worker {slot.id}: pending tokens differ")
+        promised = sum(record.move.blocks for record in slot.incoming.values() if record.move)
+        _want(0, slot.promised_blocks == promised, f"worker {slot.id}: promised blocks differ")
         stray = [id_ for id_, record in slot.assigned.items() if record.worker != slot.id]
         _want(0, not stray, f"worker {slot.id} lists requests {stray} that are elsewhere")
+
+
+def law_0_moves_agree(heard: Heard) -> None:
+    """A request that moves is in the books of both its workers, as what it is there, and in no
+    others; a worker that should forget a request is not given it."""
+    slots, records = heard.state.slots, heard.state.requests.records()
+    incoming, leaving, leased = set(), set(), set()
+    for record in records:
+        id_, move = record.request.id, record.move
+        leaving |= {(worker, id_) for worker in record.leaving}
+        _want(0, record.worker not in record.leaving, f"given back too early; {record.story()}")
+        if move is None:
+            continue
+        owner, other = move.source, move.target
+        if move.stopped:
+            owner, other = other, owner
+            leased |= {(other, id_)} if move.leased else set()
+        else:
+            incoming.add((other, id_))
+        _want(0, record.worker == owner, f"it is not its mover's; {record.story()}")
+        _want(0, not record.suspected, f"a suspect moves; {record.story()}")
+    told = {(slot.id, id_) for slot in slots.values() for id_ in slot.incoming}
+    _want(0, told == incoming, f"incoming: {told ^ incoming}")
+    told = {(slot.id, id_) for slot in slots.values() for id_ in slot.leaving}
+    _want(0, told == leaving, f"leaving: {told ^ leaving}")
+    told = {(slot.id, id_) for slot in slots.values() for id_ in slot.leased}
+    _want(0, told >= leased, f"leased: {leased - told}")
+    for slot in slots.values():
+        busy = slot.incoming or slot.leased or slot.leaving
+        _want(0, slot.state in SERVING or not busy, f"worker {slot.id} is {slot.state}, not empty")
+        _want(0, not (slot.reserved and slot.incoming), f"worker {slot.id} pulls, reserved")
 
 
 def law_2_states_fit(heard: Heard) -> None:
     """Who waits is at no worker, who does not wait is at a live one. (Every move was looked up.)"""
     for record in heard.state.requests.records():
-        waits = record.state is RequestState.WAITING
+        waits, state = record.state is RequestState.WAITING, record.state
         _want(2, waits == (record.worker is None), record.story())
         if record.worker is not None:
             worker = heard.state.slots[record.worker].state
-            _want(2, worker is WorkerState.READY, f"its worker is {worker}; {record.story()}")
+            _want(2, worker in AT_WORK, f"its worker is {worker}; {record.story()}")
+        move = record.move
+        _want(2, move is None or not waits, f"it waits and moves; {record.story()}")
+        stopped = move is not None and move.stopped
+        _want(2, stopped == (state is RequestState.HANDING_OFF), record.story())
+        if state is RequestState.MIGRATING:
+            _want(2, move is not None, record.story())
 
 
 def law_5_times_in_order(heard: Heard) -> None:
@@ -88,9 +131,26 @@ def law_8_work_conserving(heard: Heard) -> None:
         _want(8, reserved or not able, f"suspect {suspect.request.id} waits, able: {able}")
 
 
+def law_8_phases_are_served(heard: Heard) -> None:
+    """What is at a worker for prompts moves on as soon as one for decoding has room, unless the
+    policy said no: asked in `promised` as for placement."""
+    for slot in heard.state.slots.values():
+        if slot.state not in AT_WORK or slot.prefers_decode or heard.promised:
+            continue
+        for record in slot.assigned.values():
+            targets = heard.state.moves.targets(record, heard.now)
+            words = f"request {record.request.id} stays at {slot.id}, willing"
+            _want(8, not targets, f"{words}: {[target.id for target in targets]}")
+
+
 def law_10_no_assign_while_draining(heard: Heard) -> None:
-    """Work goes to ready workers only, and to a reserved one only the suspect that it waits for."""
+    """Work goes to ready workers only, be it by `Assign` or by `Pull`, and to a reserved one only
+    the suspect that it waits for."""
     for output in heard.outputs:
+        if isinstance(output, Pull):
+            slot = heard.state.slots[output.worker]
+            words = f"request {output.request.id} moves to worker {slot.id}"
+            _want(10, slot.state is WorkerState.READY, f"{words}, which is {slot.state}")
         if isinstance(output, Assign):
             slot = heard.state.slots[output.worker]
             words = f"request {output.request.id} went to worker {slot.id}"
@@ -120,10 +180,12 @@ def r27_suspects_run_alone(heard: Heard) -> None:
 
 NODE_LAWS: Sequence[Law] = (
     law_0_books_agree,
+    law_0_moves_agree,
     law_2_states_fit,
     law_5_times_in_order,
     law_7_views_have_age,
     law_8_work_conserving,
+    law_8_phases_are_served,
     law_10_no_assign_while_draining,
     r27_suspects_run_alone,
 )

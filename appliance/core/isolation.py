@@ -60,6 +60,7 @@ class Isolation:
             self._slot = best
             best.reserved = True
             best.touch()
+            self._state.moves.call_off_incoming(best, now)
         if self._may_begin(suspect, best):
             self._state.assign(suspect, best, now, isolated=True)
             self._tried = suspect

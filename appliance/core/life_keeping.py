@@ -15,12 +15,24 @@ requests.
   against what was sent to it, up to `spared_deaths` times per request.
 * A dead worker's requests wait again, before those that were never placed, and go on elsewhere
   after the tokens already sent. One that was being cancelled is gone with the worker.
+* A request that the dead worker was only copying goes on at its source. Copying is no computing,
+  so such a death is forgiven like that of a worker which had said nothing, and as often; then it
+  counts as any other. A source that had stopped computing a request has no part in it any more: its
+  death counts for nobody whose KV it only kept.
 
 `docs/adr/0005-dispatcher-life-keeping.md` gives the reasons.
 """
 
 from appliance.core.lifecycle import RequestState, WorkerState
-from appliance.core.messages import Heartbeat, Quarantine, StartWorker, WorkerDown, WorkerUp
+from appliance.core.messages import (
+    Heartbeat,
+    Park,
+    Quarantine,
+    SetRole,
+    StartWorker,
+    WorkerDown,
+    WorkerUp,
+)
 from appliance.core.node_state import NodeState
 from appliance.core.request_table import RequestRecord
 from appliance.core.types import ErrorKind
@@ -48,13 +60,23 @@ class LifeKeeper:
         for slot in self._state.slots.values():
             if slot.start_at is not None and now >= slot.start_at:
                 self._start(slot)
-        self._plan()
+        self.plan()
 
-    def worker_up(self, slot: WorkerSlot, report: WorkerUp, now: float) -> None:
-        """The incarnation that was started serves; any other one is not ours."""
-        if slot.state is WorkerState.STARTING and report.epoch == slot.epoch:
-            slot.up(report, now)
-            self.pools_changed = True
+    def worker_up(self, slot: WorkerSlot, report: WorkerUp, now: float) -> bool:
+        """The incarnation that was started serves, in the role that the node has for it, or goes on
+        standby; any other one is not ours (False)."""
+        if slot.state is not WorkerState.STARTING or report.epoch != slot.epoch:
+            return False
+        slot.up(report, now)
+        self.pools_changed = True
+        if report.role is not slot.role:
+            slot.role_epoch += 1
+            role = SetRole(worker=slot.id, role=slot.role, epoch=slot.role_epoch)
+            self._state.out.append(role)
+        if slot.parked:
+            slot.go(WorkerState.PARKED)
+            self._state.out.append(Park(worker=slot.id))
+        return True
 
     def heartbeat(self, slot: WorkerSlot, report: Heartbeat, now: float) -> None:
         """An idle heartbeat is a proof of health; a load is taken over."""
@@ -63,17 +85,22 @@ class LifeKeeper:
         if report.load is not None:
             slot.note_load(report.load, now)
 
-    def worker_down(self, slot: WorkerSlot, report: WorkerDown, now: float) -> None:
-        """Free its requests, then respawn or quarantine it. Ignored for another incarnation."""
+    def worker_down(self, slot: WorkerSlot, report: WorkerDown, now: float) -> bool:
+        """Free its requests, then respawn or quarantine it. Ignored (False) for another
+        incarnation."""
         down = slot.state in (WorkerState.DEAD, WorkerState.QUARANTINED)
         if down or report.epoch != slot.epoch:
-            return
+            return False
+        self._lose_moves(slot, now)
         healthy = self._was_healthy(slot)
         lost = sorted(slot.assigned.values(), key=lambda record: record.order)
         to_blame = any(record.isolated for record in lost)
         for record in lost:
             self._lose(record, slot, now, alone=len(lost) == 1)
         slot.down()
+        self._state.links.pop(slot.id, None)
+        for links in self._state.links.values():
+            links.pop(slot.id, None)
         words = slot.last_words
         slot.last_cause = f"{words} ({report.cause})" if words else report.cause
         if not to_blame:
@@ -81,16 +108,34 @@ class LifeKeeper:
                 slot.bad_epochs.clear()
             slot.bad_epochs.append(slot.epoch)
         self._respawn_or_quarantine(slot, now)
+        return True
 
     def _was_healthy(self, slot: WorkerSlot) -> bool:
         if slot.up_at is None or slot.proved_at is None or (slot.given and not slot.stepped):
             return False
         return slot.proved_at - slot.up_at >= self._state.config.healthy_seconds
 
+    def _lose_moves(self, slot: WorkerSlot, now: float) -> None:
+        """What it was copying goes on at the sources; suspects among them are taken off."""
+        config = self._state.config
+        for record in self._state.moves.copied_by(slot):
+            if record.spared < config.spared_deaths:
+                record.spared += 1
+            else:
+                self._blame(record, slot)
+        for record in self._state.moves.lose(slot, now):
+            if record.suspected:
+                self._state.moves.recall(record, now)
+
+    def _blame(self, record: RequestRecord, slot: WorkerSlot) -> None:
+        record.acquitted = False
+        record.deaths.append((slot.id, slot.epoch))
+        record.suspected = len(record.deaths) >= self._state.config.poison_deaths
+
     def _lose(self, record: RequestRecord, slot: WorkerSlot, now: float, *, alone: bool) -> None:
         config = self._state.config
         if record.state is RequestState.CANCELLING:
-            self._state.end_cancelled(record, now)
+            self._state.confirm_cancelled(record, now)
             return
         unheard = slot.num_loads == record.reports_before
         if unheard and record.spared < config.spared_deaths:
@@ -105,9 +150,7 @@ class LifeKeeper:
         if record.isolated:
             record.trials += 1
             record.strict = True
-        record.acquitted = False
-        record.deaths.append((slot.id, slot.epoch))
-        record.suspected = len(record.deaths) >= config.poison_deaths
+        self._blame(record, slot)
         self._state.requeue(record, now)
 
     def _is_conclusive(self, record: RequestRecord, slot: WorkerSlot, *, alone: bool) -> bool:
@@ -142,7 +185,7 @@ class LifeKeeper:
         else:
             pause = config.respawn_backoff * 2 ** max(0, row - 1)
             slot.start_at = now + min(pause, config.respawn_backoff_max)
-        self._plan()
+        self.plan()
 
     def _start(self, slot: WorkerSlot) -> None:
         slot.start_at = None
@@ -152,6 +195,7 @@ class LifeKeeper:
             slot.go(WorkerState.STARTING)
         self._state.out.append(StartWorker(worker=slot.id, epoch=slot.epoch))
 
-    def _plan(self) -> None:
+    def plan(self) -> None:
+        """Somebody's `start_at` has changed."""
         times = [slot.start_at for slot in self._state.slots.values() if slot.start_at is not None]
         self.next_start = min(times, default=None)

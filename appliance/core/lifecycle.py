@@ -14,9 +14,8 @@ class RequestState(StrEnum):
     WAITING = "waiting"  # accepted, not placed
     ASSIGNED = "assigned"  # at a worker, no token yet
     DECODING = "decoding"  # at a worker, first token emitted
-    HANDING_OFF = "handing_off"  # prefilled, KV leased, decode worker chosen
-    PULLING = "pulling"  # the decode worker copies the KV
-    MIGRATING = "migrating"  # decodes at one worker while another copies
+    MIGRATING = "migrating"  # decodes at one worker while another copies its KV
+    HANDING_OFF = "handing_off"  # stopped there, KV leased; the other one copies what is left
     CANCELLING = "cancelling"  # the client has gone, the worker has not confirmed
     ENDED = "ended"  # exactly one terminal event was said
 
@@ -38,15 +37,17 @@ _W = WorkerState
 
 REQUEST_MOVES: Mapping[RequestState, frozenset[RequestState]] = {
     _R.WAITING: frozenset({_R.ASSIGNED, _R.ENDED}),
-    _R.ASSIGNED: frozenset({_R.DECODING, _R.HANDING_OFF, _R.WAITING, _R.CANCELLING, _R.ENDED}),
+    _R.ASSIGNED: frozenset(
+        {_R.DECODING, _R.MIGRATING, _R.HANDING_OFF, _R.WAITING, _R.CANCELLING, _R.ENDED}
+    ),
     _R.DECODING: frozenset({_R.MIGRATING, _R.WAITING, _R.CANCELLING, _R.ENDED}),
-    _R.HANDING_OFF: frozenset({_R.PULLING, _R.DECODING, _R.WAITING, _R.CANCELLING, _R.ENDED}),
-    _R.PULLING: frozenset({_R.DECODING, _R.HANDING_OFF, _R.WAITING, _R.CANCELLING, _R.ENDED}),
-    _R.MIGRATING: frozenset({_R.DECODING, _R.WAITING, _R.CANCELLING, _R.ENDED}),
+    _R.MIGRATING: frozenset({_R.DECODING, _R.HANDING_OFF, _R.WAITING, _R.CANCELLING, _R.ENDED}),
+    _R.HANDING_OFF: frozenset({_R.DECODING, _R.WAITING, _R.CANCELLING, _R.ENDED}),
     _R.CANCELLING: frozenset({_R.ENDED}),
     _R.ENDED: frozenset(),
 }
-"""WAITING after ASSIGNED or later: the worker died or refused, the request is placed again."""
+"""WAITING after ASSIGNED or later: the worker died or refused, the request is placed again.
+DECODING after HANDING_OFF: at the target, or at the source again because the target failed."""
 
 WORKER_MOVES: Mapping[WorkerState, frozenset[WorkerState]] = {
     _W.STARTING: frozenset({_W.READY, _W.DEAD, _W.QUARANTINED}),

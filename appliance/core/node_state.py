@@ -1,103 +1,59 @@
 """What the Dispatcher knows, and the few moves that may change it.
 
 Deciding lives elsewhere (`dispatcher`, `life_keeping`, `isolation`, policies); every change of
-where a request is goes through the methods here, so that tables, slots and what was said cannot
-disagree."""
+where a request is goes through the methods here and in `MoveBook`, so that tables, slots and what
+was said cannot disagree."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 from appliance.core.cost import CostModel
 from appliance.core.lifecycle import RequestState, WorkerState
 from appliance.core.messages import Abort, Assign, Ended, Output
+from appliance.core.move_book import MoveBook
+from appliance.core.node_config import DispatcherConfig
+from appliance.core.node_view import DispatcherView
 from appliance.core.request_table import RequestRecord, RequestTable
+from appliance.core.slo import verdict
 from appliance.core.types import (
     BlockHash,
     ErrorKind,
     FinishReason,
-    Record,
-    Request,
     WorkerId,
     WorkerSpec,
 )
-from appliance.core.view import CostView, WorkerView
+from appliance.core.view import PrefixPlan
 from appliance.core.worker_table import WorkerSlot
 
 
-class DispatcherConfig(Record, frozen=True, kw_only=True):
-    """Bounds and times of a Dispatcher; seconds, requests, tokens."""
+class Totals:
+    """What came and went since the node began."""
 
-    max_model_len: int
-    max_queue: int = 1024
-    """Requests that may wait unplaced before new ones are turned away."""
-    max_queue_tokens: int = 1_000_000
-    """Prompt tokens that may wait; one request may always wait alone."""
-    queue_ahead: int = 4
-    """Requests placed at a worker beyond what it can run, so that it never idles for a round
-    trip."""
-    respawn_backoff: float = 0.1
-    """Pause before the first respawn; doubled with every further death in a row."""
-    respawn_backoff_max: float = 10.0
-    quarantine_deaths: int = 3
-    """Deaths in a row, without serving healthily between, that end the respawning."""
-    healthy_seconds: float = 10.0
-    """An incarnation that still finishes steps (or idles) this long after it came up was
-    healthy."""
-    poison_deaths: int = 2
-    """Deaths at which a request must have been present to be suspected."""
-    trial_steps: int = 4
-    """Steps with tokens of a suspect after which its first trial acquits it."""
-    max_trials: int = 3
-    """Trials of one request; the last goes on to the end of its answer."""
-    spared_deaths: int = 2
-    """Deaths of workers that had not answered its assignment, which a request is not blamed for."""
-    max_refusals: int = 8
-    """Refusals by workers after which a request ends with the last refusal's error."""
-    refusal_pause: float = 0.05
-    """A worker that refused a request may be asked again after this pause even if nothing changed;
-    doubled with every refusal."""
-    retry_after_min: float = 1.0
-    retry_after_max: float = 60.0
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.prompt_tokens = 0
+        self.finished = 0
+        self.emitted_tokens = 0
+        self.met = 0
+        self.missed = 0
 
-
-class DispatcherView:
-    """The node as policies see it (`appliance.core.view.NodeView`)."""
-
-    def __init__(self, state: "NodeState") -> None:
-        self._state = state
-
-    @property
-    def workers(self) -> Mapping[WorkerId, WorkerView]:
-        """Every configured worker, dead ones too."""
-        state = self._state
-        return MappingProxyType({slot.id: slot.view(state.cost) for slot in state.slots.values()})
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests accepted and not placed."""
-        return len(self._state.requests.queue) + len(self._state.requests.suspects)
-
-    @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens of the queue."""
-        return self._state.requests.queue.tokens
-
-    @property
-    def cost(self) -> CostView:
-        """What work costs here."""
-        return self._state.cost
-
-    def cached_blocks(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
-        """How many leading blocks of `hashes` that worker is believed to hold."""
-        slot = self._state.slots.get(worker)
-        return 0 if slot is None else slot.cached_blocks(hashes)
-
-    def willing(self, request: Request, now: float) -> Sequence[WorkerId]:
-        """Workers that may get this waiting request now."""
-        record = self._state.requests.get(request.id)
-        if record is None:
-            return ()
-        return [slot.id for slot in self._state.willing(record, now)]
+    def count_end(self, record: RequestRecord, now: float) -> None:
+        """An answer is complete."""
+        self.finished += 1
+        self.emitted_tokens += record.emitted
+        slo = record.request.slo
+        if slo.ttft is None and slo.tpot is None and slo.e2e is None:
+            return
+        how = verdict(
+            slo,
+            arrived=record.request.arrived,
+            first_token_at=record.first_token_at,
+            ended_at=now,
+            num_tokens=record.emitted,
+        )
+        if how.met:
+            self.met += 1
+        else:
+            self.missed += 1
 
 
 class NodeState:
@@ -116,6 +72,10 @@ class NodeState:
         self.out: list[Output] = []
         """Said since the present message began."""
         self.is_draining = False
+        self.links: dict[WorkerId, dict[WorkerId, float]] = {}
+        """Who can copy from whom (bytes per second): target, then source."""
+        self.totals = Totals()
+        self.moves = MoveBook(self)
         self.num_trials = 0
         """Trials of suspects begun (`appliance.core.isolation`)."""
         self.num_acquitted = 0
@@ -127,26 +87,72 @@ class NodeState:
         return all(slot.state is WorkerState.QUARANTINED for slot in self.slots.values())
 
     def any_open(self) -> bool:
-        """Whether some worker may get new work. Cheap: asked after every report."""
-        ahead = self.config.queue_ahead
-        return any(slot.is_open(ahead) for slot in self.slots.values())
+        """Whether some worker may get a new request. Cheap: asked after every report."""
+        ahead, steps = self.config.queue_ahead, self.config.prefill_ahead
+        others: list[WorkerSlot] = []
+        largest: float | None = None
+        for slot in self.slots.values():
+            if slot.state is not WorkerState.READY or slot.reserved:
+                continue
+            is_open = slot.is_open(ahead, steps)
+            if slot.prefers_prefill:
+                if is_open:
+                    return True
+                largest = max(largest or 0.0, slot.capacity)
+            elif is_open:
+                others.append(slot)
+        return any(largest is None or slot.capacity > largest for slot in others)
 
     def willing(self, record: RequestRecord, now: float) -> list[WorkerSlot]:
-        """Workers that may get this request now. A sequence of an n > 1 group sees only its
-        leader's worker while that one may take it: they share the prompt's blocks there."""
-        ahead, longest = self.config.queue_ahead, self.config.max_model_len
+        """Workers that may get this waiting request now. A sequence of an n > 1 group sees only its
+        leader's worker while that one may take it: they share the prompt's blocks there. Workers
+        whose role is decode are not asked while a ready one that is large enough is there for
+        prompts."""
+        config = self.config
+        ahead, steps, longest = config.queue_ahead, config.prefill_ahead, config.max_model_len
         group = record.request.group
         if group is not None and group != record.request.id:
             leader = self.requests.get(group)
             if leader is not None and leader.worker is not None:
                 slot = self.slots[leader.worker]
-                if slot.is_open(ahead) and slot.takes(record, now, max_model_len=longest):
+                fits = slot.prefers_prefill and slot.takes(record, now, max_model_len=longest)
+                if fits and slot.is_open(ahead, steps):
                     return [slot]
-        return [
+        fit = [
             slot
             for slot in self.slots.values()
-            if slot.is_open(ahead) and slot.takes(record, now, max_model_len=longest)
+            if slot.state is WorkerState.READY
+            and not slot.reserved
+            and slot.fits(record.request, longest)
         ]
+        meant = [slot for slot in fit if slot.prefers_prefill]
+        return [
+            slot
+            for slot in meant or fit
+            if slot.is_open(ahead, steps) and slot.takes(record, now, max_model_len=longest)
+        ]
+
+    def prefix_plan(self, slot: WorkerSlot, hashes: Sequence[BlockHash]) -> PrefixPlan:
+        """What of a prompt with these blocks `slot` has, and where to copy more from if that is
+        cheaper than to compute it."""
+        local = slot.cached_blocks(hashes)
+        config, cost = self.config, self.cost
+        peers = self.links.get(slot.id)
+        if not peers or not config.prefix_pull or not config.block_bytes or local == len(hashes):
+            return PrefixPlan(local_blocks=local)
+        best: tuple[float, WorkerId, int, float] | None = None
+        for peer, speed in peers.items():
+            blocks = self.slots[peer].cached_blocks(hashes)
+            if blocks <= local:
+                continue
+            copy = cost.copy_seconds((blocks - local) * config.block_bytes, speed)
+            saved = cost.prefill_seconds((blocks - local) * slot.block_tokens) - copy
+            if copy < config.pull_gain * (saved + copy) and (best is None or saved > best[0]):
+                best = saved, peer, blocks, copy
+        if best is None:
+            return PrefixPlan(local_blocks=local)
+        _, peer, blocks, copy = best
+        return PrefixPlan(local_blocks=local, pull_from=peer, pull_blocks=blocks, copy_seconds=copy)
 
     def able(self, suspect: RequestRecord, now: float) -> list[WorkerSlot]:
         """Ready workers, full ones too, that a suspect may be brought to."""
@@ -161,7 +167,8 @@ class NodeState:
         self, record: RequestRecord, slot: WorkerSlot, now: float, *, isolated: bool = False
     ) -> None:
         """Place a waiting request; it goes on after what was sent to the client before."""
-        pending = slot.missing_tokens(record)
+        prefix = self.prefix_plan(slot, record.request.prefix_hashes)
+        pending = slot.missing_tokens(record, prefix.num_blocks)
         self.requests.stop_waiting(record)
         self.requests.move(record, RequestState.ASSIGNED, now, worker=slot.id)
         record.isolated = isolated
@@ -173,7 +180,13 @@ class NodeState:
         slot.given = True
         slot.touch()
         self.out.append(
-            Assign(worker=slot.id, request=record.request, emitted_tokens=record.emitted)
+            Assign(
+                worker=slot.id,
+                request=record.request,
+                emitted_tokens=record.emitted,
+                pull_from=prefix.pull_from,
+                pull_blocks=prefix.pull_blocks,
+            )
         )
 
     def settle(self, record: RequestRecord) -> None:
@@ -196,12 +209,14 @@ class NodeState:
         self.requests.wait(record, now, suspect=record.suspected)
 
     def cancel(self, record: RequestRecord, now: float, *, kind: ErrorKind) -> None:
-        """Ask the worker to forget the request; it ends when the worker says so."""
+        """Ask its worker to forget the request, and the other one if it moves; it ends when all
+        have said so."""
         worker = record.worker
         if worker is None:
             raise ValueError(f"nothing to abort; {record.story()}")
         self.settle(record)
         record.cancel_kind = kind
+        self.moves.drop(record)
         self.requests.move(record, RequestState.CANCELLING, now, worker=worker)
         self.out.append(Abort(worker=worker, request_id=record.request.id))
 
@@ -209,6 +224,7 @@ class NodeState:
         self, record: RequestRecord, now: float, *, reason: FinishReason, cached_tokens: int
     ) -> None:
         """The answer is complete."""
+        self.totals.count_end(record, now)
         self._remove(record, now)
         self.out.append(
             Ended(request_id=record.request.id, reason=reason, cached_tokens=cached_tokens)
@@ -219,10 +235,28 @@ class NodeState:
         self._remove(record, now)
         self.out.append(Ended(request_id=record.request.id, error=kind, message=message))
 
+    def confirm_cancelled(self, record: RequestRecord, now: float) -> None:
+        """The worker of a CANCELLING request has forgotten it; it ends unless another one has
+        not."""
+        if not record.leaving:
+            self.end_cancelled(record, now)
+            return
+        other = self.slots[min(record.leaving)]
+        self.left(record, other)
+        self._leave(record)
+        record.worker = other.id
+        other.assigned[record.request.id] = record
+        other.touch()
+
     def end_cancelled(self, record: RequestRecord, now: float) -> None:
-        """The worker has forgotten a CANCELLING request."""
+        """End a CANCELLING request."""
         kind = record.cancel_kind or ErrorKind.CANCELLED
         self.fail(record, now, kind=kind, message="the request was cancelled")
+
+    def left(self, record: RequestRecord, slot: WorkerSlot) -> None:
+        """A worker that was told to forget a request has done so."""
+        record.leaving.discard(slot.id)
+        slot.leaving.pop(record.request.id, None)
 
     def _remove(self, record: RequestRecord, now: float) -> None:
         if record.state is RequestState.WAITING:
@@ -230,13 +264,18 @@ class NodeState:
         else:
             self._leave(record)
         self.requests.move(record, RequestState.ENDED, now)
+        for worker in record.leaving:
+            del self.slots[worker].leaving[record.request.id]
+        record.leaving.clear()
 
     def _leave(self, record: RequestRecord) -> None:
         if record.worker is None:
             return
+        self.moves.drop(record)
         self.settle(record)
         slot = self.slots[record.worker]
         del slot.assigned[record.request.id]
         slot.changes += 1
         slot.touch()
         record.isolated = False
+        record.resumed = None

@@ -1,7 +1,8 @@
 """Every live request as the Dispatcher knows it, and the queue of those that wait.
 
 A request is in exactly one place: in the queue, among the suspects (requests that must run alone,
-see `appliance.core.isolation`), or at a worker. The queue is sorted: requests that lost their
+see `appliance.core.isolation`), or at a worker: the one whose tokens count. While it moves, a
+second worker is its source or its target (`Move`). The queue is sorted: requests that lost their
 worker stand before those that never had one, and each kind stands in the order of arrival."""
 
 from bisect import bisect_left
@@ -12,7 +13,35 @@ from appliance.core.lifecycle import (
     RequestState,
     check_request_move,
 )
-from appliance.core.types import ErrorKind, Request, RequestId, WorkerId
+from appliance.core.types import ErrorKind, MoveId, Request, RequestId, WorkerId
+
+
+class Move:
+    """One attempt to bring a request's KV from one worker to another."""
+
+    __slots__ = ("began", "blocks", "id", "leased", "live", "source", "stopped", "target")
+
+    def __init__(
+        self,
+        move: MoveId,
+        source: WorkerId,
+        *,
+        target: WorkerId,
+        live: bool,
+        blocks: int,
+        began: float,
+    ) -> None:
+        self.id = move
+        self.source = source
+        self.target = target
+        self.live = live
+        self.blocks = blocks
+        """What it counts for at the target until the source has stopped."""
+        self.began = began
+        self.stopped = False
+        """The source said `Prefilled`: the request is the target's."""
+        self.leased = False
+        """The source holds the KV of the stopped sequence."""
 
 
 class RequestRecord:
@@ -27,10 +56,15 @@ class RequestRecord:
         "first_token_at",
         "history",
         "isolated",
+        "leaving",
+        "move",
+        "move_after",
+        "moves_failed",
         "pending",
         "refusals",
         "reports_before",
         "request",
+        "resumed",
         "spared",
         "state",
         "strict",
@@ -72,6 +106,17 @@ class RequestRecord:
         self.avoid: dict[WorkerId, tuple[int, float]] = {}
         """Workers that refused it: not offered again while the worker's `changes` has this value
         and this time has not come."""
+        self.move: Move | None = None
+        """On its way to another worker."""
+        self.moves_failed = 0
+        """In a row."""
+        self.move_after = 0.0
+        """Not moved again before this time."""
+        self.resumed: MoveId | None = None
+        """Its worker was told to go on after this move, whose lease may have ended meanwhile."""
+        self.leaving: set[WorkerId] = set()
+        """Workers that were told to forget it and have not said `Aborted`: what they still say of
+        it is of the past, so it is not given to them."""
         self.cancel_kind: ErrorKind | None = None
         """Why it is CANCELLING."""
         self.history: list[tuple[float, RequestState, WorkerId | None]] = [

@@ -5,11 +5,17 @@ the Dispatcher or the Batcher checks, books and carries out. A slot is a plain c
 algorithm is one file with a few functions or one small class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from appliance.core.types import ErrorKind, Phase, Record, Request, RequestId, WorkerId
+from msgspec import field
+
+from appliance.core.types import ErrorKind, Phase, Record, Request, RequestId, Role, WorkerId
 from appliance.core.view import LocalView, NodeView, SeqView
+
+
+class PolicyMistake(Exception):
+    """A policy answered what the mechanism cannot carry out."""
 
 
 class Accept(Record, frozen=True, kw_only=True, tag=True):
@@ -43,11 +49,49 @@ class OrderSlot(Protocol):
 
 
 class PlaceSlot(Protocol):
-    """Which worker takes this request for this phase? None: leave it waiting."""
+    """Which worker takes this request for this phase? None: leave it waiting; for decode: leave it
+    where it is."""
 
     def __call__(
         self, view: NodeView, request: Request, phase: Phase, now: float
     ) -> WorkerId | None: ...
+
+
+class RolePlan(Record, frozen=True, kw_only=True):
+    """What the node's roles should be, and why.
+
+    `roles` names the workers that should take another role (empty: none); `trigger` says in stable
+    words what was found (a "no" is put on record when these words change), `prediction` and `cost`
+    are in seconds or shares, by name. The slot is not asked again before `again`, and with `wake`
+    it is asked then even if nothing happens."""
+
+    roles: Mapping[WorkerId, Role] = field(default_factory=dict)
+    trigger: str
+    prediction: dict[str, float] = field(default_factory=dict)
+    cost: float = 0.0
+    again: float
+    wake: bool = False
+
+
+class RolesSlot(Protocol):
+    """Which worker should have which role?"""
+
+    def __call__(self, view: NodeView, now: float) -> RolePlan: ...
+
+
+class Migration(Record, frozen=True, kw_only=True):
+    """Move this request, which decodes somewhere, to that worker."""
+
+    id: RequestId
+    target: WorkerId
+
+
+class MigrateSlot(Protocol):
+    """Which running requests should go where, to balance the node? A few at a time: it is asked
+    after every message. Hand-offs, drains and flips need no answer: for them `place` is asked with
+    `Phase.DECODE`. Legal are the workers of `NodeView.willing` for decode."""
+
+    def __call__(self, view: NodeView, now: float) -> Sequence[Migration]: ...
 
 
 class VictimSlot(Protocol):
@@ -81,12 +125,15 @@ class NodeWakeSlot(Protocol):
 
 
 class DispatchSlots(Record, frozen=True, kw_only=True):
-    """The slots filled in the Dispatcher."""
+    """The slots filled in the Dispatcher. Without `roles` nobody flips but operators, without
+    `migrate` nothing moves but for hand-offs, drains and flips."""
 
     admit: AdmitSlot
     order: OrderSlot
     place: PlaceSlot
     wakeup: NodeWakeSlot
+    roles: RolesSlot | None = None
+    migrate: MigrateSlot | None = None
 
 
 class BatchSlots(Record, frozen=True, kw_only=True):

@@ -35,7 +35,8 @@ class WorkerView(Record, frozen=True, kw_only=True):
     max_num_seqs: int
     max_batch_tokens: int
     assigned: int
-    """Requests assigned and not ended, whether the worker has reported them or not."""
+    """Requests assigned and not ended, whether the worker has reported them or not; those that
+    move here not counted."""
     pending_tokens: int
     """Prefill tokens assigned whose first token has not been reported (includes those on the
     way)."""
@@ -43,6 +44,59 @@ class WorkerView(Record, frozen=True, kw_only=True):
     """Mean of the recent steps; 0 before the first."""
     reserved: bool = False
     """Kept free of new work by the mechanism (a suspected poison request runs here alone)."""
+    incoming: int = 0
+    """Requests of other workers that it pulls."""
+    leased: int = 0
+    """Sequences that stopped here and whose KV it keeps for a peer."""
+    role_since: float = 0.0
+    """When it took its role."""
+    next_role: Role | None = None
+    """The role it is about to take; None unless it flips."""
+
+
+class RunningView(Record, frozen=True, kw_only=True):
+    """One request at a worker."""
+
+    request: Request
+    emitted: int
+    decoding: bool
+    """Its first token from there has come."""
+    moving: bool
+
+
+class PrefixPlan(Record, frozen=True, kw_only=True):
+    """What a worker need not compute of a prompt. The first `local_blocks` blocks are in its cache;
+    with `pull_from` it would copy from that peer's cache until it has `pull_blocks`, in
+    `copy_seconds`, because that is predicted to take less time than to compute them."""
+
+    local_blocks: int = 0
+    pull_from: WorkerId | None = None
+    pull_blocks: int = 0
+    copy_seconds: float = 0.0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are not computed."""
+        return max(self.local_blocks, self.pull_blocks)
+
+
+class Traffic(Record, frozen=True, kw_only=True):
+    """What came and went since the node began; counts and sums."""
+
+    arrived: int
+    prompt_tokens: int
+    finished: int
+    emitted_tokens: int
+    met: int
+    """Answers with targets that met all of them."""
+    missed: int
+
+
+class Targets(Record, frozen=True, kw_only=True):
+    """The tightest latency budgets of the live requests, in seconds; None: nobody has one."""
+
+    ttft: float | None = None
+    tpot: float | None = None
 
 
 class CostView(Protocol):
@@ -53,6 +107,17 @@ class CostView(Protocol):
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """Computing the KV of that many tokens."""
+
+    @property
+    def decode_step_seconds(self) -> float:
+        """A step that computes no prefill."""
+
+    @property
+    def answer_tokens(self) -> float:
+        """Length of an answer."""
+
+    def copy_seconds(self, num_bytes: int, bytes_per_second: float) -> float:
+        """Copying cached blocks from a peer."""
 
     def decode_seconds(self, max_num_seqs: int) -> float:
         """A whole answer's share of the steps of a full batch."""
@@ -87,10 +152,34 @@ class NodeView(Protocol):
     def cached_blocks(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks of `hashes` that worker is believed to hold."""
 
-    def willing(self, request: Request, now: float) -> Sequence[WorkerId]:
-        """Workers that may get this waiting request now, by the mechanism's rules: ready, not
-        reserved, not full, large enough, and not one that has just refused it. An answer of `place`
-        outside of these is a mistake of the policy."""
+    def prefix_plan(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> PrefixPlan:
+        """What of a prompt with these blocks that worker has, or could copy for less than it would
+        compute."""
+
+    def willing(
+        self, request: Request, now: float, phase: Phase = Phase.PREFILL
+    ) -> Sequence[WorkerId]:
+        """Workers that may get this request now, by the mechanism's rules. An answer of `place`
+        outside of these is a mistake of the policy.
+
+        For prefill, of a waiting request: ready, not reserved, not full, large enough, not one that
+        has just refused it; those whose role is decode only while no ready worker prefers prefill.
+        For decode, of a request at a worker that it should leave: workers that are linked with that
+        one, have room, and prefer decode."""
+
+    def links(self, worker: WorkerId) -> Mapping[WorkerId, float]:
+        """Peers that this worker can copy from, with bytes per second as probed."""
+
+    def running(self, worker: WorkerId) -> Sequence[RunningView]:
+        """What is assigned to that worker, oldest assignment first."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Sums over the node's life."""
+
+    @property
+    def targets(self) -> Targets:
+        """The tightest budgets of the live requests."""
 
 
 class SeqView(Protocol):

@@ -1,8 +1,9 @@
 """Every configured worker as the Dispatcher knows it: what it reported, and what was sent to it.
 
 A worker's own ledger is the truth and a slot is a hint about it. A slot counts what is on the way
-(the requests assigned, their prefill tokens), which no report shows yet."""
+(the requests assigned, their prefill tokens, those that move here), which no report shows yet."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from appliance.core.cost import CostModel
@@ -12,8 +13,10 @@ from appliance.core.request_table import RequestRecord
 from appliance.core.types import (
     BlockHash,
     CacheGroupSpec,
+    MoveId,
     Request,
     RequestId,
+    Role,
     WorkerLoad,
     WorkerSpec,
 )
@@ -29,18 +32,28 @@ NO_LOAD = WorkerLoad(
     running=0,
     backlog_tokens=0,
 )
-SERVING = frozenset({WorkerState.READY, WorkerState.DRAINING})
+SERVING = frozenset(
+    {WorkerState.READY, WorkerState.DRAINING, WorkerState.FLIPPING, WorkerState.PARKED}
+)
 """States in which a worker's reports about its work are heard."""
 
 
 class WorkerSlot:
-    """One worker. Changed only through `NodeState`, `LifeKeeper` and `Isolation`; whoever changes
-    what the view shows calls `touch`."""
+    """One worker. Changed only through `NodeState`, `LifeKeeper`, `Isolation`, `Flipper` and
+    `Roster`; whoever changes what the view shows calls `touch`."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.id = spec.id
         self.role = spec.role
+        """The node's word; a worker that comes up with another one is told."""
+        self.role_since = 0.0
+        self.next_role: Role | None = None
+        """The role it is about to take; None unless it flips."""
+        self.role_epoch = 0
+        """Number of the last `SetRole`."""
+        self.parked = spec.parked
+        """Wanted on standby: it gets no work, or is losing it."""
         self.state = WorkerState.STARTING
         self.epoch = 0
         """Number of the present incarnation; 0 before the first start was asked for."""
@@ -59,6 +72,20 @@ class WorkerSlot:
         self.assigned: dict[RequestId, RequestRecord] = {}
         self.pending_tokens = 0
         """Sum of `pending` of those assigned."""
+        self.incoming: dict[RequestId, RequestRecord] = {}
+        """Requests of others that it pulls. They become `assigned` when their source has
+        stopped."""
+        self.promised_blocks = 0
+        """What `incoming` needs. Part of it is reserved there already."""
+        self.leased: dict[RequestId, MoveId] = {}
+        """Sequences that have stopped here and whose KV it keeps for a peer."""
+        self.leaving: dict[RequestId, RequestRecord] = {}
+        """Live requests that it was told to forget, and has not yet."""
+        self.moved_out = 0
+        """Sequences that went on elsewhere, ever."""
+        self.moves_refused = 0
+        self.moves_after = 0.0
+        """It refused to take part in a move: not asked again before this time."""
         self.changes = 0
         """Counts what may change a refusal: a request that left, a new incarnation."""
         self.cached: set[BlockHash] = set()
@@ -93,7 +120,6 @@ class WorkerSlot:
         """Take over what the new incarnation says about itself; nothing is assigned or cached
         yet."""
         self.go(WorkerState.READY)
-        self.role = report.role
         self.max_num_seqs = report.max_num_seqs
         self.max_batch_tokens = report.max_batch_tokens
         self.block_tokens = report.groups[0].block_tokens if report.groups else 1
@@ -118,7 +144,10 @@ class WorkerSlot:
         self.go(WorkerState.DEAD)
         self.load = NO_LOAD
         self.cached.clear()
+        self.leased.clear()
         self.reserved = False
+        self.moves_refused = 0
+        self.moves_after = 0.0
         self.up_at = self.proved_at = None
 
     def note_load(self, load: WorkerLoad, now: float) -> None:
@@ -143,25 +172,60 @@ class WorkerSlot:
                 return index
         return len(hashes)
 
-    def missing_tokens(self, record: RequestRecord) -> int:
-        """Tokens to prefill if the request came here; at least one is always computed."""
-        request = record.request
-        cached = self.cached_blocks(request.prefix_hashes) * self.block_tokens
-        return max(1, request.prompt_tokens + record.emitted - cached)
+    def missing_tokens(self, record: RequestRecord, num_blocks: int) -> int:
+        """Tokens to prefill if the request came here and had KV of its first `num_blocks` blocks;
+        at least one is always computed."""
+        known = record.request.prompt_tokens + record.emitted
+        return max(1, known - num_blocks * self.block_tokens)
 
-    def is_open(self, queue_ahead: int) -> bool:
-        """Whether it may get new work at all: ready, not reserved, not full."""
+    def is_open(self, queue_ahead: int, prefill_ahead: int) -> bool:
+        """Whether it may get new work at all: ready, not reserved, not full. A worker whose role is
+        prefill is full when it has `prefill_ahead` steps of prompts, so that what it cannot begin
+        soon waits where it can be ordered, and reserves nothing at a decode worker."""
         return (
             self.state is WorkerState.READY
             and not self.reserved
-            and len(self.assigned) < self.max_num_seqs + queue_ahead
+            and len(self.assigned) + len(self.incoming) < self.max_num_seqs + queue_ahead
+            and (
+                self.role is not Role.PREFILL
+                or self.pending_tokens < prefill_ahead * self.max_batch_tokens
+            )
         )
 
-    def takes(self, record: RequestRecord, now: float, *, max_model_len: int) -> bool:
-        """Whether nothing speaks against this request here: the pool is large enough, and it was
-        not refused here since anything changed."""
+    @property
+    def capacity(self) -> float:
+        """Tokens of one sequence that its pools can hold."""
+        return math.inf if self.capacity_tokens is None else self.capacity_tokens
+
+    @property
+    def prefers_decode(self) -> bool:
+        """Whether its role, or the one it is about to take, is for decoding."""
+        return (self.next_role or self.role) is not Role.PREFILL
+
+    @property
+    def prefers_prefill(self) -> bool:
+        """Whether its role, or the one it is about to take, is for prompts."""
+        return (self.next_role or self.role) is not Role.DECODE
+
+    def has_room(self, record: RequestRecord) -> bool:
+        """Whether a sequence that moves here could run at once, as far as is known here."""
+        if len(self.assigned) + len(self.incoming) >= self.max_num_seqs:
+            return False
+        return self.promised_blocks + self.blocks_of(record) <= self.load.blocks_free
+
+    def blocks_of(self, record: RequestRecord) -> int:
+        """Blocks that the sequence needs now, its next token included."""
+        return -(-(record.request.prompt_tokens + record.emitted + 1) // self.block_tokens)
+
+    def fits(self, request: Request, max_model_len: int) -> bool:
+        """Whether the pool could hold the longest answer."""
         capacity = self.capacity_tokens
-        if capacity is not None and kv_tokens(record.request, max_model_len) > capacity:
+        return capacity is None or kv_tokens(request, max_model_len) <= capacity
+
+    def takes(self, record: RequestRecord, now: float, *, max_model_len: int) -> bool:
+        """Whether nothing speaks against this request here: the pool is large enough, it was not
+        refused here since anything changed, and what it was here before is over."""
+        if self.id in record.leaving or not self.fits(record.request, max_model_len):
             return False
         refusal = record.avoid.get(self.id)
         return refusal is None or refusal[0] != self.changes or now >= refusal[1]
@@ -182,6 +246,10 @@ class WorkerSlot:
                 pending_tokens=self.pending_tokens,
                 step_seconds=cost.step_seconds(self.id),
                 reserved=self.reserved,
+                incoming=len(self.incoming),
+                leased=len(self.leased),
+                role_since=self.role_since,
+                next_role=self.next_role,
             )
         return self._view
 

@@ -41,10 +41,13 @@ def order_fcfs(queue: Sequence[Request], view: NodeView, now: float) -> Sequence
 
 
 def place_least_work(view: NodeView, request: Request, phase: Phase, now: float) -> WorkerId | None:
-    """The willing worker with the least predicted work if it took this request, its cached prefix
-    counted; mixed workers before others, the lower id where equal."""
-    del phase
-    willing = view.willing(request, now)
+    """For prefill, the willing worker with the least predicted work if it took this request: its
+    cached prefix counted, and a peer's where copying it is cheaper than computing it; decode
+    workers last, the lower id where equal.
+
+    For decode, the worker whose batch would be the emptiest with the newcomer in it (its step is
+    the shortest); decode workers before mixed ones."""
+    willing = view.willing(request, now, phase)
     if not willing:
         return None
     if len(willing) == 1:
@@ -53,11 +56,20 @@ def place_least_work(view: NodeView, request: Request, phase: Phase, now: float)
 
     def work(worker_id: WorkerId) -> tuple[bool, float, WorkerId]:
         worker = workers[worker_id]
-        cached = view.cached_blocks(worker_id, hashes) * worker.block_tokens if hashes else 0
+        seconds, cached = 0.0, 0
+        if hashes:
+            plan = view.prefix_plan(worker_id, hashes)
+            seconds, cached = plan.copy_seconds, plan.num_blocks * worker.block_tokens
         new_tokens = max(1, request.prompt_tokens - cached)
-        return (worker.role is not Role.MIXED, cost.work_seconds(worker, new_tokens), worker_id)
+        seconds += cost.work_seconds(worker, new_tokens)
+        return (worker.role is Role.DECODE, seconds, worker_id)
 
-    return min(willing, key=work)
+    def fullness(worker_id: WorkerId) -> tuple[bool, float, WorkerId]:
+        worker = workers[worker_id]
+        batch = (worker.assigned + worker.incoming + 1) / max(1, worker.max_num_seqs)
+        return (worker.role is not Role.DECODE, batch, worker_id)
+
+    return min(willing, key=work if phase is Phase.PREFILL else fullness)
 
 
 def never_wake(view: NodeView, now: float) -> float | None:

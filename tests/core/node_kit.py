@@ -7,10 +7,12 @@ from appliance.core.lifecycle import RequestState
 from appliance.core.messages import (
     Arrived,
     Assign,
+    CacheChanged,
     Cancelled,
     Ended,
     Heartbeat,
     Input,
+    LinkUp,
     Output,
     Quarantine,
     Reject,
@@ -28,6 +30,7 @@ from appliance.core.types import (
     FinishReason,
     Request,
     RequestId,
+    Role,
     WorkerId,
     WorkerLoad,
     WorkerSpec,
@@ -68,11 +71,16 @@ class Node:
         num_blocks: int = 64,
         policy: DispatchSlots = FCFS.dispatch,
         boot: bool = True,
+        roles: Sequence[Role] = (),
         **config: object,
     ) -> None:
         fields: dict[str, object] = {"max_model_len": 1000, "queue_ahead": 1, **config}
         self.config = DispatcherConfig(**fields)  # type: ignore[arg-type]
-        self.specs = [WorkerSpec(id=WorkerId(w), devices=("cpu",)) for w in range(num_workers)]
+        all_roles = roles or (Role.MIXED,) * num_workers
+        self.specs = [
+            WorkerSpec(id=WorkerId(w), devices=("cpu",), role=role)
+            for w, role in enumerate(all_roles)
+        ]
         self.core = Dispatcher(self.config, workers=self.specs, policy=policy, validate=True)
         self.max_num_seqs = max_num_seqs
         self.num_blocks = num_blocks
@@ -122,8 +130,34 @@ class Node:
                 groups=(group,),
                 max_num_seqs=self.max_num_seqs,
                 max_batch_tokens=512,
+                role=self.core.view.workers[WorkerId(worker)].role,
             )
         )
+
+    def link_all(self) -> None:
+        """Everybody can copy from everybody."""
+        workers = self.core.view.workers
+        for worker in workers:
+            for peer in workers:
+                if worker != peer:
+                    epoch = self.core.epoch(peer)
+                    self.hear(
+                        LinkUp(
+                            worker=worker,
+                            peer=peer,
+                            peer_epoch=epoch,
+                            path="shared memory",
+                            bytes_per_second=1e9,
+                        )
+                    )
+
+    def cache(self, worker: int, hashes: Sequence[int]) -> None:
+        """These blocks can be found at that worker."""
+        self.hear(CacheChanged(worker=WorkerId(worker), added=tuple(hashes)))
+
+    def hear_later(self, seconds: float) -> list[Output]:
+        """Time passes."""
+        return self.hear(Woke(), after=seconds)
 
     def down(
         self,

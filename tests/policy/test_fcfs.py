@@ -2,8 +2,7 @@
 
 import pytest
 
-from appliance.core.messages import RoleChanged
-from appliance.core.types import ErrorKind, Role, WorkerId
+from appliance.core.types import ErrorKind, Role
 from appliance.policy import POLICIES, PolicySettingsError, make_policy
 from tests.core.node_kit import Node, assigns
 
@@ -56,12 +55,10 @@ def test_its_own_bounds_on_the_queue() -> None:
     assert "max_waiting)" in node.rejected[5].reason
 
 
-def test_mixed_workers_come_first_and_others_serve_as_if_mixed() -> None:
-    node = Node(2, max_num_seqs=1, queue_ahead=0)
-    first = node.core.view.workers[WorkerId(0)]
-    assert first.role is Role.MIXED
-    node.hear(RoleChanged(worker=WorkerId(0), role=Role.DECODE, epoch=1))
+def test_prompts_go_to_workers_that_are_meant_for_them_and_to_others_if_there_are_none() -> None:
+    node = Node(2, max_num_seqs=1, queue_ahead=0, roles=(Role.DECODE, Role.MIXED))
     node.arrive(1)
-    assert node.where == {1: 1}
     node.arrive(2)
-    assert node.where == {1: 1, 2: 0}
+    assert node.where == {1: 1}
+    node.down(1)
+    assert node.where == {1: 0}

@@ -1,0 +1,105 @@
+"""The node as policies see it (`appliance.core.view.NodeView`): read off the books, changes
+nothing."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from appliance.core.lifecycle import RequestState
+from appliance.core.types import BlockHash, Phase, Request, WorkerId
+from appliance.core.view import CostView, PrefixPlan, RunningView, Targets, Traffic, WorkerView
+
+if TYPE_CHECKING:
+    from appliance.core.node_state import NodeState
+
+
+class DispatcherView:
+    """Looks into a `NodeState`."""
+
+    def __init__(self, state: "NodeState") -> None:
+        self._state = state
+
+    @property
+    def workers(self) -> Mapping[WorkerId, WorkerView]:
+        """Every configured worker, dead ones too."""
+        state = self._state
+        return MappingProxyType({slot.id: slot.view(state.cost) for slot in state.slots.values()})
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests accepted and not placed."""
+        return len(self._state.requests.queue) + len(self._state.requests.suspects)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the queue."""
+        return self._state.requests.queue.tokens
+
+    @property
+    def cost(self) -> CostView:
+        """What work costs here."""
+        return self._state.cost
+
+    @property
+    def traffic(self) -> Traffic:
+        """Sums over the node's life."""
+        totals = self._state.totals
+        return Traffic(
+            arrived=totals.arrived,
+            prompt_tokens=totals.prompt_tokens,
+            finished=totals.finished,
+            emitted_tokens=totals.emitted_tokens,
+            met=totals.met,
+            missed=totals.missed,
+        )
+
+    @property
+    def targets(self) -> Targets:
+        """The tightest budgets of the live requests; looks at each of them."""
+        slos = [record.request.slo for record in self._state.requests.records()]
+        return Targets(
+            ttft=min((slo.ttft for slo in slos if slo.ttft is not None), default=None),
+            tpot=min((slo.tpot for slo in slos if slo.tpot is not None), default=None),
+        )
+
+    def cached_blocks(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of `hashes` that worker is believed to hold."""
+        slot = self._state.slots.get(worker)
+        return 0 if slot is None else slot.cached_blocks(hashes)
+
+    def prefix_plan(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> PrefixPlan:
+        """What of a prompt with these blocks that worker has or could copy."""
+        slot = self._state.slots.get(worker)
+        return PrefixPlan() if slot is None else self._state.prefix_plan(slot, hashes)
+
+    def willing(
+        self, request: Request, now: float, phase: Phase = Phase.PREFILL
+    ) -> Sequence[WorkerId]:
+        """Workers that may get this request now."""
+        record = self._state.requests.get(request.id)
+        if record is None:
+            return ()
+        if phase is Phase.DECODE:
+            return [slot.id for slot in self._state.moves.targets(record, now)]
+        if record.state is not RequestState.WAITING:
+            return ()
+        return [slot.id for slot in self._state.willing(record, now)]
+
+    def links(self, worker: WorkerId) -> Mapping[WorkerId, float]:
+        """Peers that this worker can copy from, with bytes per second."""
+        return MappingProxyType(self._state.links.get(worker, {}))
+
+    def running(self, worker: WorkerId) -> Sequence[RunningView]:
+        """What is assigned to that worker, oldest assignment first."""
+        slot = self._state.slots.get(worker)
+        records = () if slot is None else slot.assigned.values()
+        decoding = (RequestState.DECODING, RequestState.MIGRATING)
+        return [
+            RunningView(
+                request=record.request,
+                emitted=record.emitted,
+                decoding=record.state in decoding,
+                moving=record.move is not None,
+            )
+            for record in records
+        ]
