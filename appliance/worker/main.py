@@ -24,10 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Never
 
 from appliance.core.batcher import Batcher
 from appliance.core.faults import FaultPlan
+from appliance.core.kv_layout import index_offset
 from appliance.core.messages import Refused, WeightsLoaded, WorkerUp
 from appliance.core.start import WorkerStart
 from appliance.core.types import ErrorKind
@@ -36,9 +38,15 @@ from appliance.policy import make_policy
 from appliance.worker.channel import Channel, Heart, NodeGone, Progress, receive_start
 from appliance.worker.engine import Engine, EngineError
 from appliance.worker.fault_actions import FaultPoints
+from appliance.worker.kv_index import OwnIndex, map_own_index
+from appliance.worker.links import Links
 from appliance.worker.loop import StepLoop
+from appliance.worker.mover import Mover
+from appliance.worker.moves import Ties
 from appliance.worker.paced_engine import PacedEngine
+from appliance.worker.profiles import KV_SLOT_BYTES
 from appliance.worker.text import TokenText
+from appliance.worker.transfer import SharedMemoryTransfer, Transfer
 
 log = logging.getLogger(__name__)
 
@@ -104,45 +112,67 @@ class _Worker:
         faults = FaultPoints(FaultPlan(start.faults, worker=start.worker, epoch=start.epoch))
         faults.reach("worker.start")
         policy = make_policy(start.policy, start.policy_settings)
-        engine, on_idle, attend = open_engine(start, fds)
-        faults.reach("worker.weights")
-        tokens = TokenText.load(start.model_dir)
+        try:
+            opened = open_engine(start, fds, reach=faults.reach)
+            faults.reach("worker.weights")
+            pool = open_pool_ties(start, fds, opened=opened, faults=faults)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        engine = opened.engine
         batcher = Batcher(
-            start.worker, start.batcher, groups=engine.info.groups, policy=policy.batch
+            start.worker,
+            start.batcher,
+            groups=engine.info.groups,
+            policy=policy.batch,
+            role=start.role,
+            inherited=None if pool is None else pool.ties.index.inherited,
+            checksum=pool.transfer.checksum if pool is not None and start.validate else None,
         )
         loop = StepLoop(
             start,
             channel=self._channel,
             engine=engine,
             batcher=batcher,
-            tokens=tokens,
+            tokens=TokenText.load(start.model_dir),
             faults=faults,
             progress=self._progress,
-            on_idle=on_idle,
+            ties=None if pool is None else pool.ties,
+            on_idle=opened.on_idle,
             after_step=_laws_of(batcher) if start.validate else _nothing,
         )
-        attend(loop.listen_until)
+        opened.attend(loop.listen_until)
         gc.collect()
         gc.freeze()  # what lives now lives for ever: the collector need not look at it
         seconds = time.monotonic() - began
-        self._announce(engine, seconds)
+        self._announce(engine, batcher, seconds)
         return loop
 
-    def _announce(self, engine: Engine, seconds: float) -> None:
+    def _announce(self, engine: Engine, batcher: Batcher, seconds: float) -> None:
         start, info = self._start, engine.info
         for note in info.notes:
             log.info("engine: %s", note)
         log.info("worker is ready", extra={"seconds": seconds, "weights": info.weights_source})
-        loaded = WeightsLoaded(worker=start.worker, source=info.weights_source, seconds=seconds)
+        loaded = WeightsLoaded(
+            worker=start.worker,
+            source=info.weights_source,
+            seconds=info.weights_seconds,
+            num_bytes=info.weights_bytes,
+            notes=info.weights_notes,
+            fingerprint=info.weights_fingerprint,
+        )
         up = WorkerUp(
             worker=start.worker,
             epoch=start.epoch,
             groups=info.groups,
             max_num_seqs=start.batcher.max_num_seqs,
             max_batch_tokens=start.batcher.max_batch_tokens,
+            role=start.role,
         )
         self._channel.send([loaded])
         self._channel.send([up])
+        if inherited := batcher.announce():
+            self._channel.send(inherited)
 
     def _give_up_start(self, error: Exception) -> Never:
         log.error("worker cannot start", exc_info=error)
@@ -166,31 +196,78 @@ def _nothing(*_: object) -> None:
     """A hook that an engine has no use for."""
 
 
+@dataclass(frozen=True)
+class OpenedEngine:
+    """An engine, its KV blocks, and how it wants to be treated."""
+
+    engine: Engine
+    memory: memoryview
+    block_bytes: int
+    on_idle: Callable[[], None] = _nothing
+    """To be called when nothing is to be computed."""
+    attend: Attend = _nothing
+    """Wants to be told how to wait."""
+
+
 def open_engine(
-    start: WorkerStart, fds: Sequence[int]
-) -> tuple[Engine, Callable[[], None], Attend]:
-    """The engine that the record names, what to call when it is idle, and who wants to be told how
-    to wait. The descriptors are closed: the engine has mapped what is behind them.
+    start: WorkerStart, fds: Sequence[int], *, reach: Callable[[str], None]
+) -> OpenedEngine:
+    """The engine that the record names. The descriptors stay open; the engine has mapped what is
+    behind them. `reach` is told of the places at which a fault may be injected.
 
     Raises `ValueError` for an unknown engine, and what the engine raises."""
-    weights, kv_fd = fds[: start.has_weights_fd], fds[start.has_weights_fd]
-    try:
-        match start.engine:
-            case "paced":
-                paced = PacedEngine.open(start, weights_fd=None, kv_fd=kv_fd)
-                return paced, paced.rest, paced.wait_with
-            case "torch":
-                if not weights:
-                    raise ValueError("the torch engine needs the descriptor of a weight slab")
-                from appliance.worker.torch_engine import TorchEngine
+    weight_fds, kv_fd = fds[: _kv_place(start)], fds[_kv_place(start)]
+    match start.engine:
+        case "paced":
+            paced = PacedEngine.open(start, weights_fd=None, kv_fd=kv_fd)
+            size = KV_SLOT_BYTES * start.block_tokens
+            return OpenedEngine(paced, paced.memory, size, paced.rest, paced.wait_with)
+        case "torch":
+            if not weight_fds:
+                raise ValueError("the torch engine needs the descriptor of a weight slab")
+            from appliance.worker.torch_engine import TorchEngine
 
-                engine = TorchEngine.open(start, weights_fd=weights[0], kv_fd=kv_fd)
-                return engine, _nothing, _nothing
-            case other:
-                raise ValueError(f"unknown engine {other!r}; use 'torch' or 'paced'")
-    finally:
-        for fd in fds:
-            os.close(fd)
+            own, *sources = weight_fds
+            engine = TorchEngine.open(
+                start, weights_fd=own, source_fds=sources, kv_fd=kv_fd, reach=reach
+            )
+            return OpenedEngine(engine, engine.pool.buffer, engine.pool.block_bytes)
+        case other:
+            raise ValueError(f"unknown engine {other!r}; use 'torch' or 'paced'")
+
+
+@dataclass(frozen=True)
+class PoolTies:
+    """What lets KV move to and from this worker's pool."""
+
+    ties: Ties
+    transfer: Transfer
+
+
+def open_pool_ties(
+    start: WorkerStart, fds: Sequence[int], *, opened: OpenedEngine, faults: FaultPoints
+) -> PoolTies | None:
+    """Open the index of the engine's pool, and the links channel. None when the record came without
+    one: a worker without peers. The descriptors stay open.
+
+    Raises `IndexMismatch`."""
+    place = _kv_place(start)
+    if len(fds) <= place + 1:
+        return None
+    num_blocks, block_bytes = start.num_blocks, opened.block_bytes
+    offset = index_offset(num_blocks=num_blocks, block_bytes=block_bytes)
+    mapped = map_own_index(fds[place], num_blocks=num_blocks, offset=offset)
+    index = OwnIndex(mapped, num_blocks=num_blocks, block_bytes=block_bytes, epoch=start.epoch)
+    transfer = SharedMemoryTransfer(opened.memory, num_blocks=num_blocks, block_bytes=block_bytes)
+    channel = socket.socket(fileno=os.dup(fds[place + 1]))
+    links = Links(channel, transfer, refuses=faults.refuses)
+    mover = Mover(checksum=transfer.checksum, faults=faults)
+    return PoolTies(Ties(index=index, links=links, mover=mover), transfer)
+
+
+def _kv_place(start: WorkerStart) -> int:
+    """Where the descriptor of the KV pool stands; that of the links channel is the next."""
+    return start.has_weights_fd + len(start.weights.sources)
 
 
 def _laws_of(batcher: Batcher) -> Callable[[], None]:
