@@ -158,9 +158,8 @@ class Batcher:
         return seq is not None and seq.state not in OVER
 
     def has_work(self) -> bool:
-        """Whether some sequence that is not held and waits for no copy has tokens to get. With no
-        plan outstanding, `next_step` then gives one, if the policy grants anything and the blocks
-        are not leased or being copied."""
+        """Whether some sequence, not held and waiting for no copy, has tokens to get. With no plan
+        outstanding `next_step` then gives one, if the policy grants anything and memory allows."""
         queues = self.queues
         idle = queues.num_over + queues.num_held
         if self.fetcher.busy:
@@ -221,10 +220,11 @@ class Batcher:
                 reports = self._migrate(command)
             case Resume(move=move, request_id=id_):
                 if not self.exporter.resume(move) and not self.is_live(id_):
-                    reports = [self._refused(command, "this sequence is gone", request_id=id_)]
+                    reports = [self._released(move, id_, expired=True)]
             case Release(move=move, request_id=id_):
-                reports = [Released(worker=self.worker, move=move, request_id=id_)]
-                if not self.exporter.release(move):
+                if self.exporter.release(move):
+                    reports = [self._released(move, id_)]
+                else:
                     reports = [self._refused(command, "it has not stopped", request_id=id_)]
             case SetRole():
                 reports = self._set_role(command)
@@ -244,17 +244,21 @@ class Batcher:
         return self._answer(reports, before, now)
 
     def _answer(self, reports: list[Report], before: WorkerLoad, now: float) -> list[Report]:
-        """`reports`, what has become possible by what they are about, and the load if it has
-        changed."""
-        if self.exporter.busy:
-            self.exporter.settle(now)
-        if self.importer.busy:
-            self.importer.settle(now)
-        reports += self._reports
+        """What planning had to say, `reports`, what has become possible by what they are about, and
+        the load if it has changed."""
+        self._reports += reports
+        self._settle(now)
+        reports = self._reports.copy()
         self._reports.clear()
         if self.load() != before:
             reports.append(self._heartbeat(now))
         return reports
+
+    def _settle(self, now: float) -> None:
+        if self.exporter.busy:
+            self.exporter.settle(now)
+        if self.importer.busy:
+            self.importer.settle(now)
 
     def _set_role(self, command: SetRole) -> list[Report]:
         if command.epoch < self.role_epoch:
@@ -279,6 +283,9 @@ class Batcher:
             reason=reason,
             request_id=request_id,
         )
+
+    def _released(self, move: MoveId, request_id: RequestId, *, expired: bool = False) -> Released:
+        return Released(worker=self.worker, move=move, request_id=request_id, expired=expired)
 
     def _heartbeat(self, now: float) -> Heartbeat:
         in_step = None
@@ -407,14 +414,14 @@ class Batcher:
         before = self.load()
         if not self.importer.copied(done):
             raise ProtocolError(f"a copy ended that was not under way: {done}")
-        return self._answer([], before, now) + self._cache_changes()
+        return self._answer([], before, now) + self.announce()
 
     def fetched(self, done: FetchDone, now: float) -> list[Report]:
         """A `FetchJob` has ended. Raises `ProtocolError` if it was not under way."""
         before = self.load()
         if not self.fetcher.fetched(done):
             raise ProtocolError(f"a fetch ended that was not under way: {done}")
-        return self._answer([], before, now) + self._cache_changes()
+        return self._answer([], before, now) + self.announce()
 
     def wake(self, now: float) -> list[Report]:
         """Look at the time: end leases. To be called once `next_wakeup` has come, steps or not."""
@@ -422,29 +429,26 @@ class Batcher:
         self.exporter.expire(now)
         return self._answer([], before, now)
 
-    def announce(self) -> list[Report]:
-        """What the pool holds from before, to be said once after `WorkerUp`."""
-        return self._cache_changes()
-
     def drain_peer(self) -> list[tuple[WorkerId, PeerMessage]]:
-        """What is to be sent to peers since the last call, after the reports of the same call."""
+        """What is to be sent to peers, after the reports of the same call."""
         return self._mail.drain()
 
     def drain_copies(self) -> list[CopyJob]:
-        """Copies to be made since the last call, each answered by `copied`; those of one move in
-        their order."""
+        """Copies to be made, each answered by `copied`; those of one move in their order."""
         return self.importer.drain_copies()
 
     def drain_fetches(self) -> list[FetchJob]:
-        """Fetches to be made since the last call, each answered by `fetched`."""
+        """Fetches to be made, each answered by `fetched`."""
         return self.fetcher.drain_fetches()
 
     def drain_index(self) -> IndexChanges:
-        """What the shared index must say, since the last call: to be written before the next step
-        is executed and before the copies that were drained with it begin."""
+        """What the shared index must say: to be written before the next step is executed and before
+        the copies that were drained with it begin."""
         return self.ledger.drain_index()
 
-    def _cache_changes(self) -> list[Report]:
+    def announce(self) -> list[Report]:
+        """Changes of the cache that no report has told: what the pool holds from before, to be said
+        once after `WorkerUp`."""
         added, removed = self.ledger.drain_changes()
         if not added and not removed:
             return []
@@ -478,10 +482,7 @@ class Batcher:
         entry = self._outstanding.popleft()
         tally = self._committer.commit(entry.plan, entry.seqs, result=result, now=now)
         self._last_finished, self._last_finished_at = result.step, now
-        if self.exporter.busy:
-            self.exporter.settle(now)
-        if self.importer.busy:
-            self.importer.settle(now)
+        self._settle(now)
         step = StepReported(
             worker=self.worker,
             step=result.step,
@@ -493,6 +494,6 @@ class Batcher:
             finished=tuple(tally.finished),
             load=self.load(),
         )
-        reports = [step, *self._reports, *self._cache_changes()]
+        reports = [step, *self._reports, *self.announce()]
         self._reports.clear()
         return reports

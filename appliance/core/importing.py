@@ -169,7 +169,7 @@ class Importer:
         insort(self._waiting, each, key=lambda other: other.seq.order)
         for message in self._mail.early(command.source, command.move):
             if isinstance(message, Withdrawn):
-                self._drop(each, message.reason, tell=False)
+                self._withdrawn(each, message)
                 return
 
     def turn_away(self, command: Pull, reason: str) -> None:
@@ -207,10 +207,13 @@ class Importer:
         if each.source != peer or each.leaving:
             return
         match message:
-            case Withdrawn(reason=reason):
-                self._drop(each, f"the source has withdrawn: {reason}", tell=False)
+            case Withdrawn():
+                self._withdrawn(each, message)
             case Offered():
                 self._take_offer(each, message, hashes)
+
+    def _withdrawn(self, each: Import, message: Withdrawn) -> None:
+        self._drop(each, f"the source has withdrawn: {message.reason}", tell=False)
 
     def _take_offer(self, each: Import, offer: Offered, hashes: Sequence[BlockHash]) -> None:
         wrong = self._whats_wrong(each, offer, hashes)

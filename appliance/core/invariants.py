@@ -11,7 +11,21 @@ from collections.abc import Iterable, Sequence
 
 from appliance.core.batcher import Batcher
 from appliance.core.blocks import NO_BLOCK, BlockLedger, BlockTable
-from appliance.core.messages import Abort, Aborted, Assign, Command, Refused, Report, StepReported
+from appliance.core.messages import (
+    Abort,
+    Aborted,
+    Assign,
+    Command,
+    KvPulled,
+    Prefilled,
+    Pull,
+    PullFailed,
+    Refused,
+    Released,
+    Report,
+    Resume,
+    StepReported,
+)
 from appliance.core.pool import Pool
 from appliance.core.sequence import OVER, LiveSequence, SeqState
 from appliance.core.types import BlockId, RequestId, StepPlan
@@ -99,7 +113,7 @@ class GenerationWatch:
     def __init__(self, ledger: BlockLedger) -> None:
         self._ledger = ledger
         self._seen = [list(pool.generation) for pool in ledger.pools]
-        self._idle = [set(range(pool.spec.num_blocks)) for pool in ledger.pools]
+        self._idle = [set(pool.free) for pool in ledger.pools]
         self._named = [list(pool.hash_of) for pool in ledger.pools]
 
     def check(self) -> None:
@@ -229,27 +243,40 @@ class BatchWatch:
 
 
 class EndsOnce:
-    """Law 1 at one worker: every `Assign` ends with exactly one of finished, `Aborted`,
-    `Refused`; every `Abort` is answered; nothing is said about a sequence that has ended. An
+    """Law 1 at one worker: every `Assign` ends with exactly one of finished, `Aborted`, `Released`,
+    `Refused`; every `Pull` goes on as an assigned one (`KvPulled`) or ends with one of
+    `PullFailed`, `Aborted`, `Refused`; every `Abort` is answered; nothing is said about a sequence
+    that has ended, or that has stopped for another worker (`Prefilled`) and was not resumed. An
     `Abort` that crosses the end is answered by an `Aborted` of its own."""
 
     def __init__(self) -> None:
         self._live: set[RequestId] = set()
+        self._coming: set[RequestId] = set()
+        self._stopped: set[RequestId] = set()
         self._aborts: set[RequestId] = set()
 
     @property
     def open(self) -> frozenset[RequestId]:
         """Sequences and aborts that have not been answered."""
-        return frozenset(self._live | self._aborts)
+        return frozenset(self._live | self._coming | self._aborts)
+
+    @property
+    def stopped(self) -> frozenset[RequestId]:
+        """Of those, sequences that wait for the node."""
+        return frozenset(self._stopped)
 
     def hear(self, command: Command) -> None:
         """A command is about to be handled."""
         match command:
-            case Assign(request=request):
-                _want(1, request.id not in self._live, f"request {request.id} assigned twice")
-                self._live.add(request.id)
+            case Assign(request=request) | Pull(request=request):
+                present = self._live | self._coming
+                _want(1, request.id not in present, f"request {request.id} assigned twice")
+                where = self._live if isinstance(command, Assign) else self._coming
+                where.add(request.id)
             case Abort(request_id=request_id):
                 self._aborts.add(request_id)
+            case Resume(request_id=request_id):
+                self._stopped.discard(request_id)
             case _:
                 pass
 
@@ -258,19 +285,36 @@ class EndsOnce:
         for report in reports:
             match report:
                 case StepReported(ids=ids, finished=finished):
-                    strange = set(ids) - self._live
-                    _want(1, not strange, f"tokens of {strange}, which are not live")
+                    strange = set(ids) - (self._live - self._stopped)
+                    _want(1, not strange, f"tokens of {strange}, which do not run")
                     for end in finished:
                         self._end(end.id, "finished")
                 case Refused(command="Assign", request_id=int(request_id)):
                     self._end(RequestId(request_id), "refused")
+                case Refused(command="Pull", request_id=int(request_id)):
+                    self._come(RequestId(request_id), "refused")
+                case PullFailed(request_id=request_id):
+                    self._come(request_id, "not pulled")
+                case KvPulled(request_id=request_id):
+                    self._come(request_id, "pulled")
+                    self._live.add(request_id)
+                case Prefilled(request_id=request_id):
+                    _want(1, request_id in self._live, f"{request_id} stopped, but is not live")
+                    self._stopped.add(request_id)
+                case Released(request_id=request_id):
+                    self._live.discard(request_id)
+                    self._stopped.discard(request_id)
                 case Aborted(request_id=request_id):
                     _want(1, request_id in self._aborts, f"{request_id} aborted unasked")
-                    self._aborts.discard(request_id)
-                    self._live.discard(request_id)
+                    for where in (self._aborts, self._live, self._coming, self._stopped):
+                        where.discard(request_id)
                 case _:
                     pass
 
     def _end(self, request_id: RequestId, how: str) -> None:
         _want(1, request_id in self._live, f"request {request_id} {how}, but is not live")
         self._live.discard(request_id)
+
+    def _come(self, request_id: RequestId, how: str) -> None:
+        _want(1, request_id in self._coming, f"request {request_id} {how}, but is not coming")
+        self._coming.discard(request_id)

@@ -87,7 +87,8 @@ class Migrate(Tagged, frozen=True, kw_only=True):
 
 
 class Resume(Tagged, frozen=True, kw_only=True):
-    """The move is off: go on with this sequence here, whether it has stopped or not."""
+    """The move is off: go on with this sequence here, whether it has stopped or not. Answered by
+    `Released` (`expired`) if it is gone."""
 
     worker: WorkerId
     move: MoveId
@@ -213,8 +214,8 @@ class Preempted(Tagged, frozen=True, kw_only=True):
 
 
 class Released(Tagged, frozen=True, kw_only=True):
-    """The lease of this sequence has ended, by `Release` or because its time was over
-    (`expired`)."""
+    """The sequence of this move is here no more: its lease has ended by `Release`, or because its
+    time was over (`expired`; said once more to a `Resume` that comes too late)."""
 
     worker: WorkerId
     move: MoveId

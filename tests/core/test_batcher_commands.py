@@ -13,7 +13,6 @@ from appliance.core.messages import (
     Migrate,
     Park,
     Refused,
-    Resume,
     RoleChanged,
     SetRole,
     Wake,
@@ -61,7 +60,6 @@ def request_of(request_id: int = 1, **facts: object) -> Request:
             Migrate(worker=WORKER, move=MoveId(1), request_id=RequestId(1), target=WorkerId(1)),
             "Migrate",
         ),
-        (Resume(worker=WORKER, move=MoveId(1), request_id=RequestId(1)), "Resume"),
         (LoadWeights(worker=WORKER), "LoadWeights"),
     ],
 )

@@ -9,7 +9,7 @@ needs no blocks at all.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from appliance.core.batcher import Batcher
@@ -192,6 +192,18 @@ class ToyEngine:
         return token
 
 
+def request_of_task(task: Task, emitted: Sequence[int], block_tokens: int) -> Request:
+    """The task as a Batcher sees it."""
+    return Request(
+        id=RequestId(task.id),
+        arrived=task.arrived,
+        prompt_tokens=len(task.prompt),
+        max_tokens=task.max_tokens,
+        prefix_hashes=tuple(block_hashes(contents_of([*task.prompt, *emitted]), block_tokens)),
+        group=None if task.group is None else RequestId(task.group),
+    )
+
+
 class InFlight:
     """Watches that no plan writes a block that an unfinished plan of another sequence touches:
     steps may overlap, so what is in a step cannot be taken back."""
@@ -238,8 +250,10 @@ class ToyWorker:
         groups: Sequence[CacheGroupSpec],
         policy: BatchSlots = FCFS,
         drops: bool = False,
+        batcher: Batcher | None = None,
     ) -> None:
-        self.batcher = Batcher(WORKER, config, groups=groups, policy=policy)
+        self.batcher = batcher or Batcher(WORKER, config, groups=groups, policy=policy)
+        self.worker = self.batcher.worker
         self.engine = ToyEngine(groups)
         self.config = config
         self.drops = drops
@@ -262,32 +276,45 @@ class ToyWorker:
 
     # --- commands -------------------------------------------------------------------------------
 
-    def assign(self, task: Task, *, emitted: Sequence[int] = ()) -> list[Report]:
-        hashes = block_hashes(contents_of([*task.prompt, *emitted]), self.block_tokens)
-        request = Request(
-            id=RequestId(task.id),
-            arrived=task.arrived,
-            prompt_tokens=len(task.prompt),
-            max_tokens=task.max_tokens,
-            prefix_hashes=tuple(hashes),
-            group=None if task.group is None else RequestId(task.group),
+    def assign(
+        self,
+        task: Task,
+        *,
+        emitted: Sequence[int] = (),
+        pull_from: WorkerId | None = None,
+        pull_blocks: int = 0,
+    ) -> list[Report]:
+        command = Assign(
+            worker=self.worker,
+            request=request_of_task(task, emitted, self.block_tokens),
+            emitted_tokens=len(emitted),
+            pull_from=pull_from,
+            pull_blocks=pull_blocks,
         )
-        reports = self.handle(Assign(worker=WORKER, request=request, emitted_tokens=len(emitted)))
+        reports = self.handle(command)
         if not any(isinstance(report, Refused) for report in reports):
-            self.tasks[task.id] = task
-            self.emitted[task.id] = list(emitted)
-            self.finished.pop(task.id, None)
-            self.engine.add(task, emitted)
+            self.serve(task, emitted)
         return reports
 
+    def serve(self, task: Task, emitted: Sequence[int]) -> None:
+        """From now on the engine may be asked to compute this."""
+        self.tasks[task.id] = task
+        self.emitted[task.id] = list(emitted)
+        self.finished.pop(task.id, None)
+        self.engine.add(task, emitted)
+
     def abort(self, request_id: int) -> list[Report]:
-        return self.handle(Abort(worker=WORKER, request_id=RequestId(request_id)))
+        return self.handle(Abort(worker=self.worker, request_id=RequestId(request_id)))
 
     def handle(self, command: Command) -> list[Report]:
-        self.now += 0.001
         self._ends.hear(command)
+        return self.call(lambda: self.batcher.handle(command, self.now))
+
+    def call(self, ask: Callable[[], list[Report]]) -> list[Report]:
+        """Ask the Batcher for something that finishes no step."""
+        self.now += 0.001
         before = self.batcher.load()
-        reports = self.batcher.handle(command, self.now)
+        reports = ask()
         assert not any(isinstance(report, StepReported) for report in reports)
         loads = [report.load for report in reports if isinstance(report, Heartbeat)]
         assert loads == [self.batcher.load()] or (not loads and before == self.batcher.load()), (
