@@ -256,3 +256,27 @@ async def test_a_request_tells_where_it_was_served(
         assert what in told, told
     pulled = next(event for event in answer["events"] if event["what"] == "KvPulled")
     assert (pulled["source"], pulled["worker"], pulled["path"]) == (0, 1, "shared memory")
+
+
+async def test_R17_a_drain_during_a_flip_finishes_what_runs_and_ends_well(
+    serve: Any, streaming: Any, new_answer: Any, session: Any
+) -> None:
+    server = serve("--devices", "paced:2", *ROLES, "--validate", workers=2)
+    wait_links(server, 2)
+    work = requests(12, tokens=150)
+    statuses: list[int] = []
+
+    async def turn_and_stop() -> None:
+        async def turn() -> None:
+            swapped = {"0": "decode", "1": "prefill"}
+            async with session.post(server.url + "/admin/roles", json=swapped) as reply:
+                statuses.append(reply.status)
+
+        asking = asyncio.create_task(turn())
+        await asyncio.sleep(0.002)
+        server.process.send_signal(signal.SIGTERM)
+        await asking
+
+    await during(server, streaming, new_answer, work, turn_and_stop)
+    assert statuses[0] in (200, 409, 503)
+    assert await asyncio.to_thread(server.process.wait, 30) == 0
