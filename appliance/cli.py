@@ -126,7 +126,7 @@ def _start(options: argparse.Namespace, timeline: Timeline) -> int:
     from appliance.config import fault_rules
     from appliance.devices import count_gpus, plan_devices
     from appliance.listening import listen
-    from appliance.startup import make_plan, read_machine
+    from appliance.startup import make_plan, plan_kernels, read_machine
 
     config = _configuration(options)
     faults = fault_rules(config, environ=os.environ)
@@ -137,7 +137,10 @@ def _start(options: argparse.Namespace, timeline: Timeline) -> int:
         _screen().plan(make_plan(config, devices, machine=machine))
         return 0
     listener = listen(config.server.host, config.server.port)
-    plan = make_plan(config, devices, machine=machine)
+    kernels = plan_kernels(config, devices)
+    if kernels.fresh:
+        timeline.reached("kernels built")
+    plan = make_plan(config, devices, machine=machine, kernels=kernels)
     timeline.reached("port taken, checkpoint checked")
 
     from appliance.live.spawner import Spawner

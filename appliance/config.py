@@ -21,6 +21,7 @@ from appliance.config_sections import (
     BatchSection,
     CorsSection,
     DevicesSection,
+    EngineSection,
     FaultsSection,
     JournalSection,
     KeySection,
@@ -55,6 +56,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     server: ServerSection = ServerSection()
     model: ModelSection = ModelSection()
     devices: DevicesSection = DevicesSection()
+    engine: EngineSection = EngineSection()
     weights: WeightsSection = WeightsSection()
     kv: KvSection = KvSection()
     batch: BatchSection = BatchSection()

@@ -53,6 +53,12 @@ class DevicesSection(Section, frozen=True, kw_only=True):
     threads: Positive | Auto = "auto"
 
 
+class EngineSection(Section, frozen=True, kw_only=True):
+    """How a CPU worker computes."""
+
+    native: Literal["auto", "off", "required"] = "auto"
+
+
 class WeightsSection(Section, frozen=True, kw_only=True):
     """Memory of the model."""
 

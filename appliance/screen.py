@@ -70,6 +70,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.devices.kind == "paced":
         profile = device_profile(plan.devices.profile)
         yield "profile", f"{profile.name}: {profile.note}; tokens are drawn, not computed"
+    else:
+        yield "kernels", plan.kernels.words
     yield "roles", _roles(plan)
     if len(workers) > 1:
         yield "links", "between all workers, probed when they are up (below)"

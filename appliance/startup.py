@@ -5,7 +5,7 @@ costs the operator a second and not a minute::
 
     weights of the node   one slab, mapped by all workers; with weights.share = "copy" one more for
                           each worker
-    packed weights        per CPU worker: the copy in the layout of the matrix kernels
+    packed weights        per CPU worker without native kernels: the copy in the layout of torch's
     KV of a worker        (num_blocks + 1 for scratch) * block_tokens * bytes per token, and an
                           index of 16 bytes per block
 
@@ -28,6 +28,7 @@ from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
 from appliance.staff import notes_on_roles, staffed
+from appliance.worker.native.build import NativeUnavailable, check_threads, ensure_built
 from appliance.worker.profiles import KV_SLOT_BYTES, device_profile
 
 AUTO_KV_BYTES = 256 * 1024**2
@@ -60,6 +61,16 @@ class Memory(Record, frozen=True, kw_only=True):
         return self.weights + num_workers * (self.own + self.packed + self.kv)
 
 
+class Kernels(Record, frozen=True, kw_only=True):
+    """What CPU workers compute with."""
+
+    native: bool
+    words: str
+    """For the operator: which kernels, and why not the native ones."""
+    fresh: bool = False
+    """They were built just now."""
+
+
 class Plan(Record, frozen=True, kw_only=True):
     """All numbers of a start, checked."""
 
@@ -70,6 +81,7 @@ class Plan(Record, frozen=True, kw_only=True):
     served_name: str
     dtype: DType
     threads: int
+    kernels: Kernels
     batcher: BatcherConfig
     num_blocks: int
     memory: Memory
@@ -78,12 +90,41 @@ class Plan(Record, frozen=True, kw_only=True):
     """What the operator should know of how "auto" was decided."""
 
 
-def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
-    """Read the checkpoint and do the arithmetic. Raises `ConfigError` or `CheckpointError`."""
+def plan_kernels(config: Config, devices: DevicePlan) -> Kernels:
+    """What CPU workers will compute with; the native kernels are built if they are not yet there.
+
+    Raises `ConfigError` when they are required and cannot be had."""
+    if devices.kind == "paced":
+        return Kernels(native=False, words="none: tokens are drawn, not computed")
+    if config.engine.native == "off":
+        return Kernels(native=False, words="torch (engine.native is off)")
+    try:
+        if config.devices.threads != "auto":
+            check_threads(config.devices.threads)
+        library = ensure_built()
+    except NativeUnavailable as error:
+        if config.engine.native == "required":
+            raise ConfigError(f'engine.native = "required": {error}') from error
+        return Kernels(native=False, words=f"torch, slower ({error})")
+    when = "built now" if library.fresh else "built earlier"
+    return Kernels(
+        native=True, words=f"native, {when} with {library.compiler}", fresh=library.fresh
+    )
+
+
+def make_plan(
+    config: Config, devices: DevicePlan, *, machine: Machine, kernels: Kernels | None = None
+) -> Plan:
+    """Read the checkpoint and do the arithmetic; `kernels` are looked for unless given.
+
+    Raises `ConfigError` or `CheckpointError`."""
     devices = staffed(devices, config)
+    kernels = plan_kernels(config, devices) if kernels is None else kernels
     checkpoint = open_checkpoint(find_model(config.model.path, bundled=bundled_models()))
     dtype = _dtype(config)
     fixed = _fixed_memory(config, devices, checkpoint=checkpoint, dtype=dtype)
+    if kernels.native:
+        fixed = msgspec.structs.replace(fixed, packed=0)
     num_workers = len(devices.workers)
     room = (machine.free_bytes - fixed.total(num_workers)) // num_workers
     max_model_len, num_blocks = _lengths(
@@ -108,7 +149,8 @@ def make_plan(config: Config, devices: DevicePlan, *, machine: Machine) -> Plan:
         checkpoint=checkpoint,
         served_name=_served_name(config, checkpoint),
         dtype=dtype,
-        threads=_threads(config, dtype, cores=machine.cores, num_workers=num_workers),
+        threads=_threads(config, dtype, kernels, cores=machine.cores // num_workers),
+        kernels=kernels,
         batcher=BatcherConfig(
             max_model_len=max_model_len,
             max_num_seqs=config.batch.max_num_seqs,
@@ -162,12 +204,13 @@ def _served_name(config: Config, checkpoint: Checkpoint) -> str:
     return checkpoint.name if name == "auto" else name
 
 
-def _threads(config: Config, dtype: DType, *, cores: int, num_workers: int) -> int:
-    """One thread keeps float32 row-invariant (R12, ADR 0003); bfloat16 has nothing to lose."""
+def _threads(config: Config, dtype: DType, kernels: Kernels, *, cores: int) -> int:
+    """One thread keeps rows invariant (R12, ADR 0003 and 0009); bfloat16 in torch has nothing to
+    lose and takes all of a worker's `cores`."""
     threads = config.devices.threads
     if threads != "auto":
         return threads
-    return 1 if dtype == parse_dtype("float32") else max(1, cores // num_workers)
+    return 1 if kernels.native or dtype == parse_dtype("float32") else max(1, cores)
 
 
 def _fixed_memory(

@@ -107,12 +107,14 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
         policy_settings=config.policy.settings,
         profile=plan.devices.profile,
         threads=plan.threads,
+        native=config.engine.native,
         watch=WatchSettings(
             silence_seconds=config.workers.stop_detect_ms / 1000,
             kill_seconds=config.workers.stall_kill_seconds,
         ),
         holding=HoldSettings(
             busy_above=config.stream.join_above,
+            relaxed_below=config.stream.join_above * 5 / 6,
             calm_below=config.stream.join_above / 2,
             longest=config.stream.join_ms / 1000,
         ),

@@ -101,8 +101,9 @@ def test_a_paced_worker_has_the_capacity_of_its_profile_and_no_weights() -> None
 
 def test_R12_threads_are_one_with_float32_and_else_the_cores_shared_out() -> None:
     assert plan("cpu:2", cores=8).threads == 1
-    assert plan("cpu:2", cores=8, model={"dtype": "bfloat16"}).threads == 4
-    assert plan("cpu:4", cores=2, model={"dtype": "bfloat16"}).threads == 1
+    torch = {"model": {"dtype": "bfloat16"}, "engine": {"native": "off"}}
+    assert plan("cpu:2", cores=8, **torch).threads == 4
+    assert plan("cpu:4", cores=2, **torch).threads == 1
     assert plan("cpu:4", cores=2, devices={"threads": 3}).threads == 3
 
 
@@ -169,3 +170,24 @@ def test_R20_a_name_that_no_request_could_use_is_refused(name: str) -> None:
     words = refused(model={"served_name": name})
     assert "(--served-model-name)" in words
     assert 'write printable text, or "auto"' in words
+
+
+def test_native_kernels_are_planned_named_and_save_the_packed_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch = plan(engine={"native": "off"})
+    assert torch.kernels.words == "torch (engine.native is off)"
+    assert torch.memory.packed > 0
+    found = plan()
+    assert (found.memory.packed == 0) == found.kernels.native
+    assert found.threads == 1
+    threads = plan(devices={"threads": 2})
+    assert "devices.threads is 2" in threads.kernels.words
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    without = plan()
+    assert without.kernels.words.startswith("torch, slower (no C compiler found")
+    assert without.memory.packed > 0
+    assert 'engine.native = "required": no C compiler found' in refused(
+        engine={"native": "required"}
+    )

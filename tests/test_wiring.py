@@ -24,6 +24,7 @@ CONFIGURED = {
         "reasoning": "none",
     },
     "devices": {"threads": 3},
+    "engine": {"native": "off"},
     "weights": {"share": "copy", "threads": 7, "checksums": "full"},
     "kv": {"block_tokens": 32, "memory": "64MiB", "prefix_cache": False},
     "batch": {"max_num_seqs": 7, "max_batch_tokens": 99, "depth": 2},
@@ -77,6 +78,7 @@ def test_every_setting_arrives_in_seconds_and_bytes() -> None:
     assert settings.model == "mine"
     assert settings.dtype == "bfloat16"
     assert settings.threads == 3
+    assert settings.native == "off"
     assert (settings.block_tokens, settings.batcher.enable_prefix_cache) == (32, False)
     assert settings.batcher.max_model_len == settings.dispatcher.max_model_len == 512
     batcher = settings.batcher

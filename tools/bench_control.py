@@ -107,6 +107,7 @@ def full(options: argparse.Namespace) -> Run:
         spare=64,
         seconds=options.seconds,
         priority=options.priority,
+        worker_priority=options.worker_priority,
         server_cores=(0,),
         worker_cores=ALL_CORES if options.free_workers else (1,),
         client_cores=(1,),
@@ -167,6 +168,9 @@ def main() -> None:
         command.add_argument("--set", action="append", default=[], help="of the server")
         command.add_argument(
             "--priority", type=int, default=0, help="autogroup nice value of all processes"
+        )
+        command.add_argument(
+            "--worker-priority", type=int, default=0, help="full: of the workers, beyond that"
         )
         command.add_argument("--repeats", type=int, default=3)
         command.add_argument("--json", type=Path)

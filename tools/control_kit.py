@@ -37,6 +37,8 @@ class Options(Record, frozen=True, kw_only=True):
     server_cores: tuple[int, ...] = (0, 1)
     worker_cores: tuple[int, ...] = (0, 1)
     priority: int = 0
+    worker_priority: int = 0
+    """Of the workers, beyond `priority`."""
 
 
 def free_port() -> int:
@@ -138,7 +140,7 @@ def running_server(options: Options, *, num_workers: int) -> Iterator[Server]:
         prefer(process.pid, options.priority)
         for pid in server.workers.values():
             pin(pid, options.worker_cores)
-            prefer(pid, options.priority)
+            prefer(pid, options.priority + options.worker_priority)
         yield server
     finally:
         end(process)

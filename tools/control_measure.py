@@ -45,6 +45,8 @@ class Load(Record, frozen=True, kw_only=True):
     assignments: tuple[str, ...] = ()
     priority: int = 0
     """Autogroup nice value of server and workers."""
+    worker_priority: int = 0
+    """Of the workers, beyond that."""
     slo_class: str = ""
     probe: bool = False
     """Ask for /version fifty times a second meanwhile."""
@@ -110,6 +112,7 @@ def measure(load: Load) -> dict[str, Any]:
         server_cores=load.server_cores,
         worker_cores=load.worker_cores,
         priority=load.priority,
+        worker_priority=load.worker_priority,
     )
     with running_server(options, num_workers=load.num_workers) as server:
         client = Client(_client_spec(load, server.port), cores=load.client_cores)

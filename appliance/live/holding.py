@@ -3,8 +3,9 @@ loop is nearly full.
 
 A write to a socket costs more than everything else that is done for a token. When the loop is busy
 for more than `busy_above` of the time, the *hold* is raised step by step, so that several tokens of
-an answer share one chunk and one write; when it has air again the hold falls back to zero. Between
-the two thresholds nothing changes, because joining tokens by itself makes the loop less busy.
+an answer share one chunk and one write; when it has air again the hold falls back to zero. Joining
+tokens by itself makes the loop less busy, so between the thresholds the hold falls slowly, until
+the loop is as busy as `relaxed_below`: tokens wait no longer than the load asks for.
 `appliance.live.streams` says which tokens never wait, and bounds each wait by the request's budget.
 """
 
@@ -16,6 +17,8 @@ from appliance.core.types import Record
 
 FIRST_HOLD = 0.01
 """Seconds; less would join nothing at the pace of any device."""
+SLOWLY = 0.94
+"""What is left of the hold after one look at a load that is neither high nor low."""
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
@@ -24,7 +27,10 @@ class HoldSettings(Record, frozen=True, kw_only=True):
 
     busy_above: float = 0.9
     """Above this the hold grows; 1 means never."""
+    relaxed_below: float = 0.75
+    """Below this the hold falls slowly."""
     calm_below: float = 0.45
+    """Below this it falls at once."""
     longest: float = 0.05
     """The longest hold, also of requests without a budget per token; 0 means no hold at all."""
     interval: float = 0.1
@@ -47,6 +53,8 @@ class Governor:
         elif busy < settings.calm_below:
             lasting = elapsed >= 10 * settings.interval
             self.hold = 0.0 if lasting or self.hold <= FIRST_HOLD else self.hold / 2
+        elif busy < settings.relaxed_below:
+            self.hold = 0.0 if self.hold <= FIRST_HOLD else SLOWLY * self.hold
 
 
 class LoopLoad:

@@ -36,6 +36,8 @@ class NodeSettings(Record, frozen=True, kw_only=True):
     policy_settings: Mapping[str, float | int | str | bool] = {}
     profile: str = ""
     threads: int = 1
+    native: str = "auto"
+    """Kernels in C: "auto", "off" or "required"."""
     watch: WatchSettings = WatchSettings()
     heartbeat_seconds: float = 0.1
     stall_seconds: float = 5.0
@@ -73,6 +75,7 @@ class NodeSettings(Record, frozen=True, kw_only=True):
             policy_settings=dict(self.policy_settings),
             profile=self.profile,
             threads=self.threads,
+            native=self.native,
             heartbeat_seconds=self.heartbeat_seconds,
             faults=self.faults,
             validate=self.validate,

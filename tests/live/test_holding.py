@@ -238,7 +238,7 @@ def test_below_the_threshold_there_is_no_hold() -> None:
     assert governor.hold == 0.0
 
 
-def test_the_hold_grows_to_its_bound_stays_between_the_thresholds_and_falls_to_nothing() -> None:
+def test_the_hold_grows_to_its_bound_stays_while_it_is_needed_and_falls_to_nothing() -> None:
     governor = Governor(RULES)
     grown = []
     for _ in range(5):
@@ -247,13 +247,26 @@ def test_the_hold_grows_to_its_bound_stays_between_the_thresholds_and_falls_to_n
     assert grown[0] == FIRST_HOLD
     assert grown == sorted(grown)
     assert grown[-1] == 0.05
-    governor.observe(0.6, 0.1)
+    governor.observe(0.8, 0.1)
     assert governor.hold == 0.05
     fallen = []
     for _ in range(5):
         governor.observe(0.2, 0.1)
         fallen.append(governor.hold)
     assert fallen == sorted(fallen, reverse=True)
+    assert fallen[-1] == 0.0
+
+
+def test_the_hold_falls_slowly_while_the_loop_has_some_air() -> None:
+    governor = Governor(RULES)
+    for _ in range(5):
+        governor.observe(0.95, 0.1)
+    fallen = []
+    for _ in range(40):
+        governor.observe(0.6, 0.1)
+        fallen.append(governor.hold)
+    assert fallen == sorted(fallen, reverse=True)
+    assert 0.04 < fallen[0] < 0.05
     assert fallen[-1] == 0.0
 
 

@@ -29,7 +29,8 @@ class _Shape(ctypes.Structure):
 
 
 _LAYER = (
-    "attn_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "mlp_norm", "qkv", "o", "gate_up", "down",
+    "attn_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "mlp_norm", "qkv", "o", "gate_up",
+    "down",
 )  # fmt: skip
 """Tensors of a layer, as `weight_tensors` names them."""
 
