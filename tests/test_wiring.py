@@ -89,6 +89,7 @@ def test_every_setting_arrives_in_seconds_and_bytes() -> None:
     assert settings.stall_seconds == 4.0
     held = settings.holding
     assert (held.busy_above, held.calm_below, held.longest) == (0.8, 0.4, 0.03)
+    assert round(held.relaxed_below, 3) == 0.667
     assert settings.journal_records == 77
     assert settings.validate is True
     assert (settings.log_level, settings.log_json) == ("debug", True)
