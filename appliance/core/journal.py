@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import msgspec
 
 from appliance.core.messages import (
-    Abort,
     Aborted,
     Arrived,
     Assign,
@@ -27,15 +26,24 @@ from appliance.core.messages import (
     Ended,
     Event,
     Input,
+    KvPulled,
+    Migrate,
     Output,
     Preempted,
+    Prefilled,
+    PrefixPulled,
+    Pull,
+    PullFailed,
     Refused,
-    Reject,
+    Release,
+    Released,
     Report,
+    Resume,
     StepReported,
     WorkerDown,
 )
-from appliance.core.node_state import DispatcherConfig
+from appliance.core.node_config import DispatcherConfig
+from appliance.core.story import chapters
 from appliance.core.types import Record, RequestId, Tagged, WorkerId, WorkerSpec
 
 VERSION = 1
@@ -49,6 +57,8 @@ class JournalHeader(Record, frozen=True, kw_only=True):
     workers: tuple[WorkerSpec, ...]
     policy: str
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    roles: dict[str, Any] | None = None
+    """Settings of the controller of roles; None: there is none."""
 
 
 class JournalRecord(Record, frozen=True, kw_only=True, array_like=True):
@@ -150,8 +160,8 @@ class Journal:
         waits_for_token = False
         for seq in self._index.get(request_id, ()):
             entry = self._unpack.decode(self._ring[seq - oldest][0])
-            for what, facts in _chapter(entry, request_id):
-                if what == "Assign":
+            for what, facts in chapters(entry.input, entry.outputs, request_id):
+                if what in ("Assign", "KvPulled"):
                     waits_for_token = True
                 elif what == "FirstToken":
                     if not waits_for_token:
@@ -175,8 +185,15 @@ class Journal:
                 ids.update(dict.fromkeys(lost))
             case Arrived():
                 ids[message.request.id] = None
-            case Cancelled() | Preempted() if message.request_id in self._index:
+            case (
+                Cancelled() | Preempted() | Prefilled() | PullFailed() | PrefixPulled() | Released()
+            ) if message.request_id in self._index:
                 ids[message.request_id] = None
+            case KvPulled() if message.request_id in self._index:
+                ids[message.request_id] = None
+                if message.request_id in self._at:
+                    self._at[message.request_id] = message.worker
+                    self._no_token.add(message.request_id)
             case Aborted(request_id=int(gone)) | Refused(request_id=int(gone)):
                 self._at.pop(RequestId(gone), None)
                 if gone in self._index:
@@ -193,6 +210,10 @@ class Journal:
             ids[request_id] = None
             self._at[request_id] = output.worker
             self._no_token.add(request_id)
+        elif isinstance(output, Pull):
+            ids[output.request.id] = None
+        elif isinstance(output, Migrate | Resume | Release):
+            ids[output.request_id] = None
         elif isinstance(output, Ended):
             ids[output.request_id] = None
             self._at.pop(output.request_id, None)
@@ -272,43 +293,3 @@ def _difference(entry: JournalRecord, said: Sequence[Output]) -> str:
 
 def _shown(message: Tagged) -> str:
     return msgspec.json.encode(message).decode()
-
-
-Chapter = tuple[str, dict[str, Any]]
-
-
-def _chapter(entry: JournalRecord, request_id: RequestId) -> Iterator[Chapter]:
-    """What one record says about one request: first what was heard, then what was said."""
-    message = entry.input
-    match message:
-        case Arrived(request=request) if request.id == request_id:
-            facts = {"prompt_tokens": request.prompt_tokens, "max_tokens": request.max_tokens}
-            yield "Arrived", facts
-        case StepReported():
-            if request_id in message.ids:
-                yield "FirstToken", {"worker": message.worker}
-            for end in message.finished:
-                if end.id == request_id:
-                    yield "Finished", {"worker": message.worker, "emitted": end.emitted_tokens}
-        case WorkerDown():
-            yield "WorkerDown", {"worker": message.worker, "cause": message.cause}
-        case Preempted() if message.request_id == request_id:
-            facts = {"worker": message.worker, "lost_tokens": message.lost_tokens}
-            yield "Preempted", facts
-        case Refused() if message.request_id == request_id:
-            yield "Refused", {"worker": message.worker, "reason": message.reason}
-        case Aborted() if message.request_id == request_id:
-            yield "Aborted", {"worker": message.worker}
-        case Cancelled() if message.request_id == request_id:
-            yield "Cancelled", {"kind": message.kind}
-        case _:
-            pass
-    for output in entry.outputs:
-        if isinstance(output, Assign) and output.request.id == request_id:
-            yield "Assign", {"worker": output.worker, "emitted": output.emitted_tokens}
-        elif isinstance(output, Abort) and output.request_id == request_id:
-            yield "Abort", {"worker": output.worker}
-        elif isinstance(output, Reject) and output.request_id == request_id:
-            yield "Reject", {"kind": output.kind, "reason": output.reason}
-        elif isinstance(output, Ended) and output.request_id == request_id:
-            yield "Ended", {"reason": output.reason, "error": output.error}

@@ -18,14 +18,31 @@ from appliance.core.journal import (
 from appliance.core.messages import (
     Abort,
     Aborted,
+    Arrived,
     Assign,
     Input,
+    KvPulled,
+    Migrate,
     Output,
     Preempted,
+    Prefilled,
+    PrefixPulled,
+    Pull,
     Refused,
+    Release,
+    Released,
+    StepReported,
     Woke,
+    WorkerDown,
 )
-from appliance.core.types import ErrorKind, RequestId, WorkerId
+from appliance.core.types import (
+    ErrorKind,
+    MoveId,
+    Request,
+    RequestId,
+    WorkerId,
+    WorkerLoad,
+)
 from appliance.policy import make_policy
 from tests.core.node_kit import Node
 
@@ -230,6 +247,103 @@ def test_a_rejected_request_has_a_story_too() -> None:
     node.arrive(1, prompt=5000)
     assert [entry["what"] for entry in node.journal.story(FIRST)] == ["Arrived", "Reject"]
     assert node.journal.story(SECOND) == []
+
+
+def test_the_story_of_a_request_that_moves_names_both_workers() -> None:
+    header = JournalHeader(config=Recorded().config, workers=(), policy="fcfs")
+    journal = Journal(header)
+    request = Request(id=FIRST, arrived=0.0, prompt_tokens=40, max_tokens=9)
+    source, target, move = WorkerId(0), WorkerId(1), MoveId(3)
+    pull = Pull(worker=target, move=move, request=request, source=source)
+    told: list[tuple[Input, list[Output]]] = [
+        (
+            Arrived(request=request),
+            [
+                Assign(worker=source, request=request, pull_from=target, pull_blocks=2),
+                pull,
+                Migrate(worker=source, move=move, request_id=FIRST, target=target),
+            ],
+        ),
+        (prefix_pulled(source), []),
+        (step(source, 1), []),
+        (Prefilled(worker=source, move=move, request_id=FIRST, emitted_tokens=1), []),
+        (
+            kv_pulled(target, move),
+            [Release(worker=source, move=move, request_id=FIRST)],
+        ),
+        (Released(worker=source, move=move, request_id=FIRST), []),
+        (step(target, 2), []),
+        (step(target, 3), []),
+        (WorkerDown(worker=source, epoch=1, cause="not its business any more"), []),
+        (WorkerDown(worker=target, epoch=1, cause="out of memory"), []),
+    ]
+    for at, (heard, said) in enumerate(told):
+        journal.record(float(at), "test", heard, said)
+    story = journal.story(FIRST)
+    assert [(entry["what"], entry.get("worker")) for entry in story] == [
+        ("Arrived", None),
+        ("Assign", 0),
+        ("Pull", 1),
+        ("Migrate", 0),
+        ("PrefixPulled", 0),
+        ("FirstToken", 0),
+        ("Prefilled", 0),
+        ("KvPulled", 1),
+        ("Release", 0),
+        ("Released", 0),
+        ("FirstToken", 1),
+        ("WorkerDown", 1),
+    ]
+    assert story[7] == {**story[7], "bytes": 4096, "path": "shared memory", "source": 0}
+
+
+def step(worker: WorkerId, number: int) -> StepReported:
+    load = WorkerLoad(
+        blocks_total=1,
+        blocks_free=1,
+        blocks_cached=0,
+        blocks_held=0,
+        blocks_leased=0,
+        queued=0,
+        running=0,
+        backlog_tokens=0,
+    )
+    return StepReported(
+        worker=worker,
+        step=number,
+        elapsed=0.0,
+        prefill_tokens=0,
+        decode_tokens=1,
+        ids=(FIRST,),
+        load=load,
+    )
+
+
+def kv_pulled(worker: WorkerId, move: MoveId) -> KvPulled:
+    return KvPulled(
+        worker=worker,
+        move=move,
+        request_id=FIRST,
+        source=WorkerId(0),
+        emitted_tokens=1,
+        num_tokens=40,
+        num_bytes=4096,
+        seconds=0.001,
+        path="shared memory",
+    )
+
+
+def prefix_pulled(worker: WorkerId) -> PrefixPulled:
+    return PrefixPulled(
+        worker=worker,
+        request_id=FIRST,
+        source=WorkerId(1),
+        wanted=2,
+        num_blocks=2,
+        num_bytes=64,
+        seconds=0.001,
+        path="shared memory",
+    )
 
 
 def test_a_cancelled_request_has_a_story_too() -> None:

@@ -109,7 +109,9 @@ def make_settings(
         ),
         block_tokens=BLOCK_TOKENS,
         num_blocks=num_blocks,
-        dispatcher=DispatcherConfig(max_model_len=max_model_len, respawn_backoff=0.05),
+        dispatcher=DispatcherConfig(
+            max_model_len=max_model_len, respawn_backoff=0.05, block_bytes=block_bytes
+        ),
         profile=profile,
         faults=tuple(faults),
         validate=True,
