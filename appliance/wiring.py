@@ -66,6 +66,7 @@ def build_node(
 def dispatcher_config(plan: Plan) -> DispatcherConfig:
     """Bounds of the node's scheduler."""
     queue, workers = plan.config.queue, plan.config.workers
+    roles, transfer = plan.config.roles, plan.config.transfer
     return DispatcherConfig(
         max_model_len=plan.batcher.max_model_len,
         max_queue=queue.max_requests,
@@ -77,6 +78,13 @@ def dispatcher_config(plan: Plan) -> DispatcherConfig:
         trial_steps=workers.trial_steps,
         max_trials=workers.max_trials,
         spared_deaths=workers.spared_deaths,
+        lease_seconds=transfer.lease_seconds,
+        prefix_pull=transfer.prefix_pull and plan.config.kv.prefix_cache,
+        pull_gain=transfer.pull_gain,
+        block_bytes=plan.memory.block,
+        drain_seconds=roles.drain_seconds,
+        flip_seconds=roles.flip_seconds,
+        park_seconds=roles.park_seconds,
     )
 
 

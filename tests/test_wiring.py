@@ -44,6 +44,8 @@ CONFIGURED = {
         "max_trials": 7,
         "spared_deaths": 0,
     },
+    "roles": {"drain_seconds": 1.5, "flip_seconds": 2.5, "park_seconds": 3.5},
+    "transfer": {"lease_seconds": 4.5, "prefix_pull": False, "pull_gain": 0.5},
     "limits": {
         "max_prompt_tokens": 100,
         "max_messages": 5,
@@ -101,6 +103,26 @@ def test_bounds_of_the_scheduler_arrive() -> None:
     assert (found.respawn_backoff, found.respawn_backoff_max) == (0.05, 2.0)
     assert (found.quarantine_deaths, found.poison_deaths) == (4, 5)
     assert (found.trial_steps, found.max_trials, found.spared_deaths) == (6, 7, 0)
+    assert (found.drain_seconds, found.flip_seconds, found.park_seconds) == (1.5, 2.5, 3.5)
+    assert (found.lease_seconds, found.prefix_pull, found.pull_gain) == (4.5, False, 0.5)
+
+
+def test_copies_are_priced_with_the_size_of_a_block_and_not_made_without_a_cache() -> None:
+    planned = plan(Config())
+    found = dispatcher_config(planned)
+    assert (found.prefix_pull, found.block_bytes) == (True, planned.memory.block)
+    uncached = plan(load(None, {"kv": {"prefix_cache": False}}))
+    assert not dispatcher_config(uncached).prefix_pull
+
+
+def test_roles_and_standby_workers_arrive() -> None:
+    given = load(None, {"roles": {"initial": "prefill,decode"}, "standby": {"workers": 1}})
+    workers = node_settings(plan(given), ()).workers
+    assert [(each.id, each.role.value, each.parked) for each in workers] == [
+        (0, "prefill", False),
+        (1, "decode", False),
+        (2, "mixed", True),
+    ]
 
 
 def test_classes_arrive_in_seconds_and_zero_is_no_target() -> None:
