@@ -1,6 +1,7 @@
 """What a step costs beside the engine: the step loop on its own, without a node.
 
-    python -m tools.bench_step MODEL_DIR [--dtype float32] [--batch 1 8 32] [--json OUT]
+    python -m tools.bench_step MODEL_DIR [--dtype float32] [--native off] [--batch 1 8 32]
+        [--json OUT]
 
 The loop runs as in a worker: the real channel over a socket pair, the real Batcher, engine and
 text; this program plays the node's end between two steps. Measured is each step in which all
@@ -175,8 +176,8 @@ class Bench:
         )
 
 
-def make_bench(directory: Path, *, dtype: str, batch: int) -> Bench:
-    """A fresh engine with room for `batch` sequences."""
+def make_bench(directory: Path, *, dtype: str, native: str, batch: int) -> Bench:
+    """A fresh engine with room for `batch` sequences; `native` as in `WorkerStart`."""
     shape, kind = read_shape(directory), parse_dtype(dtype)
     longest = PROMPT_TOKENS + 2 * (WARM_STEPS + DECODE_STEPS)
     num_blocks = batch * (-(-longest // BLOCK_TOKENS) + 1)
@@ -196,6 +197,7 @@ def make_bench(directory: Path, *, dtype: str, batch: int) -> Bench:
         has_weights_fd=True,
         load_weights=True,
         hash_key=b"bench",
+        native=native,
     )
     try:
         engine = TorchEngine.open(start, weights_fd=weights, kv_fd=kv)
@@ -231,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--native", default="auto", choices=["auto", "off", "required"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -238,7 +241,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = []
     for batch in options.batch:
-        bench = make_bench(options.model, dtype=options.dtype, batch=batch)
+        bench = make_bench(options.model, dtype=options.dtype, native=options.native, batch=batch)
         if options.profile:
             profiled(partial(bench.run, batch))
             continue
@@ -248,6 +251,7 @@ def main() -> None:
         result = {
             "model": options.model.name,
             "dtype": options.dtype,
+            "native": options.native,
             "figures": [msgspec.to_builtins(each) for each in found],
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,6 +10,7 @@ Blocks `0 .. num_blocks - 1` belong to the ledger; block `num_blocks` is the scr
 written, always zero, and it stands wherever a table is shorter than a tile.
 """
 
+import ctypes
 import mmap
 import os
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ class KvPool:
         self.blocks = flat.view(num_blocks + 1, -1)
         """`[num_blocks + 1, elements of a block]`"""
         self.dtype = flat.dtype
+        self._address = flat.data_ptr()
         # The same index numbers address each layer: layer l's view starts l layers later.
         rows = flat.view(-1, block_tokens * shape.head_dim)
         self._head_rows = [
@@ -88,8 +90,8 @@ class KvPool:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that were given to a new owner: what a former owner left can then never reach
         another sequence, not even as a non-finite value under a mask."""
-        if len(blocks):
-            self.blocks.index_fill_(0, torch.tensor(blocks), 0)
+        for block in blocks:
+            ctypes.memset(self._address + block * self.block_bytes, 0, self.block_bytes)
 
 
 def map_kv(fd: int, num_bytes: int) -> memoryview:
