@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from appliance.core.admission import too_large
 from appliance.core.invariants import LawBroken
 from appliance.core.lifecycle import RequestState, WorkerState
-from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Pull, Reject
+from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Pull, Reject, SetRole
 from appliance.core.node_state import NodeState
-from appliance.core.types import Record, RequestId
+from appliance.core.types import Record, RequestId, WorkerId
 from appliance.core.worker_table import SERVING
 
 AT_WORK = frozenset({WorkerState.READY, WorkerState.DRAINING, WorkerState.FLIPPING})
@@ -145,12 +145,17 @@ def law_8_phases_are_served(heard: Heard) -> None:
 
 def law_10_no_assign_while_draining(heard: Heard) -> None:
     """Work goes to ready workers only, be it by `Assign` or by `Pull`, and to a reserved one only
-    the suspect that it waits for."""
+    the suspect that it waits for. A worker may be told its new role after the last `Pull`."""
+    told: set[WorkerId] = set()
     for output in heard.outputs:
+        if isinstance(output, SetRole):
+            told.add(output.worker)
         if isinstance(output, Pull):
             slot = heard.state.slots[output.worker]
             words = f"request {output.request.id} moves to worker {slot.id}"
-            _want(10, slot.state is WorkerState.READY, f"{words}, which is {slot.state}")
+            flips = slot.state is WorkerState.FLIPPING and slot.id not in told
+            ready = slot.state is WorkerState.READY or flips
+            _want(10, ready, f"{words}, which is {slot.state}")
         if isinstance(output, Assign):
             slot = heard.state.slots[output.worker]
             words = f"request {output.request.id} went to worker {slot.id}"

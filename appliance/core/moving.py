@@ -190,23 +190,20 @@ class Mover:
             self._state.requeue(record, now)
 
     def refused(self, slot: WorkerSlot, report: Refused, now: float) -> None:
-        """A worker takes no part in a move (`Pull`, `Migrate`); it is left alone for a while."""
+        """A worker takes no part in a move (`Pull`, `Migrate`); it is left alone for a while. What
+        is said of a request that is not there any more means nothing."""
+        pulls = report.command == "Pull"
+        here = slot.incoming if pulls else slot.assigned
+        record = None if report.request_id is None else here.get(report.request_id)
+        if record is None or record.move is None or record.move.stopped:
+            return
         config = self._state.config
         pause = min(config.move_pause * 2**slot.moves_refused, config.move_pause_max)
         slot.moves_refused += 1
         slot.moves_after = now + pause
         words = f"worker {slot.id} takes no part in moves: {report.reason}"
         self._audit.fallback(f"refused {slot.id}", now, workers=(slot.id,), trigger=words)
-        if report.request_id is None:
-            return
-        if report.command == "Pull":
-            record = slot.incoming.get(report.request_id)
-            if record is not None:
-                self._state.moves.call_off(record, now, held=False)
-            return
-        record = slot.assigned.get(report.request_id)
-        if record is not None and record.move is not None and not record.move.stopped:
-            self._state.moves.call_off(record, now, held=True)
+        self._state.moves.call_off(record, now, held=not pulls)
 
     # --- links --------------------------------------------------------------------------------
 

@@ -1,0 +1,201 @@
+"""The Dispatcher moves, flips, parks and adds over real Batchers while workers die and everything
+is late: every answer is that of an undisturbed run, all laws hold, nothing is left behind."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from appliance.core.lifecycle import WorkerState
+from appliance.core.types import BatcherConfig, ErrorKind, Role, WorkerId
+from appliance.policy import make_policy
+from tests.core.dispatched_node import DispatchedNode
+from tests.core.moving_node import MovingNode
+from tests.core.moving_worker import MovingWorker
+from tests.core.test_batcher_properties import contrary
+from tests.core.test_moves_properties import MODEL_LEN, _task
+from tests.core.toy_worker import FCFS, paged
+
+POLICY = make_policy("fcfs", {}).dispatch
+ROLES = list(Role)
+
+
+def build(rng: random.Random, *, num_workers: int) -> DispatchedNode:
+    size = rng.choice([2, 4])
+    alone = -(-(MODEL_LEN - 1) // size)
+    group = paged(alone + rng.randrange(alone), size)
+    limits = {"max_num_seqs": rng.choice([1, 2, 3, 8]), "max_batch_tokens": rng.randint(1, 40)}
+    config = BatcherConfig(
+        max_model_len=MODEL_LEN,
+        depth=rng.randrange(3),
+        enable_prefix_cache=rng.random() < 0.8,
+        **limits,
+    )
+    drops, checks = rng.random() < 0.5, rng.random() < 0.8
+    policies = [FCFS if rng.random() < 0.6 else contrary(rng) for _ in range(3)]
+
+    def start(node: MovingNode, worker: WorkerId) -> MovingWorker:
+        return MovingWorker(
+            worker,
+            config,
+            group=group,
+            wires=node,
+            policy=policies[worker % 3],
+            role=roles[worker] if worker < num_workers else Role.MIXED,
+            drops=drops,
+            checks=checks,
+        )
+
+    roles = [rng.choice(ROLES) for _ in range(num_workers)]
+    return DispatchedNode(
+        roles,
+        group,
+        start=start,
+        model_len=MODEL_LEN,
+        policy=POLICY,
+        limits=limits,
+        lease_seconds=rng.choice([0.05, 0.5, 10.0]),
+        drain_seconds=rng.choice([0.02, 0.5, 2.0]),
+        flip_seconds=rng.choice([0.05, 2.0]),
+        park_seconds=rng.choice([0.1, 5.0]),
+        move_pause=rng.choice([0.001, 0.2]),
+    )
+
+
+class Storm:
+    """Everything at once, drawn by `rng`."""
+
+    def __init__(self, node: DispatchedNode, rng: random.Random, *, deaths: float) -> None:
+        self.node = node
+        self.rng = rng
+        self.deaths = deaths
+        self.num_tasks = 0
+
+    def act(self) -> None:
+        node, rng = self.node, self.rng
+        worker = rng.choice(node.ids)
+        shell = node.workers[worker]
+        draw = rng.random()
+        if draw < 0.16:
+            node.deliver_command(worker)
+        elif draw < 0.34:
+            node.deliver_frame(worker)
+        elif draw < 0.46:
+            others = [id_ for id_ in node.ids if id_ != worker]
+            if others:
+                node.deliver_bell(worker, rng.choice(others))
+        elif draw < 0.56 and shell is not None and shell.copies:
+            fails = "the copier failed" if rng.random() < 0.05 else ""
+            shell.advance(rng.randrange(99), rng.choice([1, 3, 1000]), fails)
+        elif draw < 0.76 and shell is not None:
+            node.step(shell)
+        elif draw < 0.77:
+            node.now += rng.choice([0.001, 0.05, 1.0])
+        elif draw < 0.78 and shell is not None:
+            shell.wake()
+        elif draw < 0.80:
+            node.wake_node()
+        else:
+            self._decide(worker)
+
+    def _decide(self, worker: WorkerId) -> None:
+        node, rng = self.node, self.rng
+        draw = rng.random()
+        if draw < self.deaths:
+            node.kill(worker)
+        elif node.can_start(worker):
+            node.start(worker)
+        elif draw < 0.35 and self.num_tasks < 24:
+            node.arrive(_task(rng, self.num_tasks, node.now))
+            self.num_tasks += 1
+        elif draw < 0.45:
+            self._ask(worker)
+        elif draw < 0.48 and self.num_tasks:
+            node.cancel(rng.randrange(self.num_tasks))
+
+    def _ask(self, worker: WorkerId) -> None:
+        node, rng = self.node, self.rng
+        draw = rng.random()
+        if draw < 0.7:
+            some = rng.sample(node.ids, rng.randint(1, len(node.ids)))
+            node.ask_roles([(each, rng.choice(ROLES)) for each in some])
+        elif draw < 0.8:
+            node.ask_park(worker)
+        elif draw < 0.95:
+            node.ask_wake(worker)
+        elif len(node.ids) < 4:
+            node.ask_worker(rng.choice(ROLES))
+
+
+def storm(
+    rng: random.Random, *, acts: int, deaths: float, poison: bool = False
+) -> tuple[DispatchedNode, Counter[str]]:
+    node = build(rng, num_workers=rng.choice([1, 2, 2, 3]))
+    weather = Storm(node, rng, deaths=deaths)
+    if poison:
+        node.poison = rng.randrange(12)
+    for _ in range(acts):
+        weather.act()
+    parked = [w for w, view in view_of(node).items() if view is WorkerState.PARKED]
+    for worker in parked[: rng.randrange(2)]:
+        node.ask_wake(worker)
+    node.finish()
+    node.check_replay()
+    most = node.config.poison_deaths + node.config.max_trials + node.config.spared_deaths
+    assert node.poisoned_deaths <= most, "it may go on killing"
+    guilty = {id_ for id_, end in node.ended.items() if end.error is ErrorKind.POISON}
+    if not deaths:
+        assert guilty <= {node.poison}, "an innocent was convicted"
+    return node, Counter(node.counts)
+
+
+def view_of(node: DispatchedNode) -> dict[WorkerId, WorkerState]:
+    assert node.core is not None
+    return {worker: view.state for worker, view in node.core.view.workers.items()}
+
+
+storms = given(
+    rng=st.randoms(use_true_random=False),
+    acts=st.integers(1, 600),
+    deaths=st.sampled_from([0.0, 0.0, 0.02, 0.1]),
+    poison=st.booleans(),
+)
+quietly = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=quietly)
+@storms
+def test_R1_R5_R9_R12_R28_whatever_is_decided_no_answer_changes(
+    rng: random.Random, acts: int, deaths: float, poison: bool
+) -> None:
+    storm(rng, acts=acts, deaths=deaths, poison=poison)
+
+
+def test_R12_storms_really_move_flip_park_and_kill() -> None:
+    total: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    for seed in range(24):
+        rng = random.Random(seed)
+        node, counts = storm(rng, acts=900, deaths=0.02 if seed % 2 else 0.0)
+        total += counts
+        kinds += Counter(decided.kind for decided in node.decisions.values())
+    assert total["pulled"] > 50, total
+    for what in ("killed", "resumed", "cancelled", "answered done", "answered rolled_back"):
+        assert total[what] > 5, (what, total)
+    for kind in ("flip", "park", "wake", "fallback", "add"):
+        assert kinds[kind] > 2, (kind, kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_R1_R5_R9_R12_R28_storms_at_length() -> None:
+    for seed in range(8_000):
+        rng = random.Random(2_000_000 + seed)
+        storm(
+            rng,
+            acts=rng.choice([100, 600, 2000]),
+            deaths=rng.choice([0.0, 0.0, 0.02, 0.1]),
+            poison=rng.random() < 0.3,
+        )
