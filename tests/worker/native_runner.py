@@ -58,7 +58,7 @@ class NativeRunner:
         )
         self._grammars = Grammars(directory / "tokenizer.json", vocab_size=self.shape.vocab_size)
         self._free = np.random.default_rng(0).permutation(num_blocks).tolist()
-        self._width = -(-self.shape.max_positions // block_tokens)
+        self._width = self.shape.max_positions // block_tokens + 1
         self.best: list[int] = []
         self.forget()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from appliance.worker.engine import EngineError
 from appliance.worker.native.build import Library, NativeUnavailable, ensure_built
 from tests.modeling.checkpoints import VARIANTS, CheckpointStore, Variant, load_oracle
 from tests.modeling.checkpoints import write_checkpoint as write
@@ -146,6 +147,26 @@ def test_the_largest_logit_is_found_as_torch_finds_it_and_nan_is_told(
     assert logits[3].isnan().any()
     assert logits[4].isfinite().all()
     runner.pool.blocks.zero_()
+
+
+def test_what_is_out_of_bounds_is_refused_and_not_read(runner: NativeRunner) -> None:
+    good = random_tokens(1, 40)
+    for bad in (VOCAB, -1, 1 << 30):
+        runner.forget()
+        with pytest.raises(EngineError, match="request 1 has a token, position or block out of"):
+            runner.step([good, [*good[:7], bad]], [(0, 0, 40), (1, 0, 8)])
+    for block in (runner.pool.num_blocks, -1):
+        runner.forget()
+        runner.step([good], [(0, 0, 8)])
+        runner.blocks[0][0] = block
+        with pytest.raises(EngineError, match="request 0 has a"):
+            runner.step([good], [(0, 8, 8)])
+        runner.blocks[0].clear()
+    runner.forget()
+    with pytest.raises(EngineError, match="request 0 has a"):
+        runner.step([good], [(0, runner.shape.max_positions, 1)])
+    runner.forget()
+    assert runner.step([good], [(0, 0, 40)]).isfinite().all()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")

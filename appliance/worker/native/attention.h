@@ -13,8 +13,8 @@ enum {
 #define LOG2_E 1.44269504088896340736
 
 typedef struct {
-    int64_t halves, layers, hidden, heads, kv_heads, head_dim, ff, vocab;
-    int64_t block_tokens, block_bytes; /* of the pool: [block][layer][k, v][kv head][token][dim] */
+    int64_t halves, layers, hidden, heads, kv_heads, head_dim, ff, vocab, positions;
+    int64_t blocks, block_tokens, block_bytes; /* of the pool: [block][layer][k, v][kv head][token][dim] */
     char *pool;
 } Shape;
 

@@ -336,8 +336,24 @@ Engine *appliance_open(const Model *model, int64_t rows, int64_t keys)
     return e;
 }
 
+/* Whether ids, positions and blocks are within the model and the pool: nothing else is read. */
+static int is_within(const Shape *s, const Sequence *q)
+{
+    int64_t end = q->start + q->count;
+    if (q->start < 0 || q->count < 1 || end > s->positions)
+        return 0;
+    for (int64_t t = q->start; t < end; t++)
+        if (q->tokens[t] < 0 || q->tokens[t] >= s->vocab)
+            return 0;
+    for (int64_t b = 0; b * s->block_tokens < end; b++)
+        if (q->table[b] < 0 || q->table[b] >= s->blocks)
+            return 0;
+    return 1;
+}
+
 /* Computes a step. `logits [samples, vocab]` and `best [samples]` (see `largest`) of the sequences
- * that sample, in their order. Returns 0, or -1 when there is no memory. */
+ * that sample, in their order. Returns 0, -1 when there is no memory, or the number of the first
+ * sequence, from 1, that is out of bounds (then nothing was computed). */
 int64_t appliance_step(Engine *e, const Sequence *q, int64_t sequences, float *logits,
                        int64_t *best)
 {
@@ -347,6 +363,8 @@ int64_t appliance_step(Engine *e, const Sequence *q, int64_t sequences, float *l
     int64_t rows = 0, keys = 0;
     for (int64_t i = 0; i < sequences; i++) {
         int64_t end = q[i].start + q[i].count;
+        if (!is_within(s, &q[i]))
+            return i + 1;
         rows += q[i].count;
         keys = end > keys ? end : keys;
     }

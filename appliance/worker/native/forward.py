@@ -22,7 +22,7 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "halves", "layers", "hidden", "heads", "kv_heads", "head_dim", "ff", "vocab",
-            "block_tokens", "block_bytes",
+            "positions", "blocks", "block_tokens", "block_bytes",
         )),
         ("pool", ctypes.c_void_p),
     ]  # fmt: skip
@@ -102,7 +102,13 @@ class NativeForward:
         if sampled > len(self._best):
             self._room(sampled)
         packed = struct.pack(f"{len(fields)}q", *fields)
-        if self._step(self._engine, packed, len(live), self._logits_at, self._best):
+        failed = self._step(self._engine, packed, len(live), self._logits_at, self._best)
+        if failed > 0:
+            raise EngineError(
+                f"request {live[failed - 1][0].id} has a token, position or block out of bounds; "
+                "restart the worker"
+            )
+        if failed:
             raise EngineError("out of memory in a step; lower [batch] max_batch_tokens")
         return Computed(self._logits[:sampled], self._best[:sampled])
 
@@ -137,6 +143,8 @@ class NativeForward:
                 head_dim=shape.head_dim,
                 ff=shape.ff,
                 vocab=shape.vocab_size,
+                positions=max_positions,
+                blocks=pool.num_blocks,
                 block_tokens=pool.block_tokens,
                 block_bytes=pool.block_bytes,
                 pool=pool.blocks.data_ptr(),
