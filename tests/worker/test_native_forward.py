@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from appliance.worker.engine import EngineError
-from appliance.worker.native import forward
 from appliance.worker.native.build import Library, NativeUnavailable, ensure_built
 from tests.modeling.checkpoints import VARIANTS, CheckpointStore, Variant, load_oracle
 from tests.modeling.checkpoints import write_checkpoint as write
@@ -148,21 +147,6 @@ def test_the_largest_logit_is_found_as_torch_finds_it_and_nan_is_told(
     assert logits[3].isnan().any()
     assert logits[4].isfinite().all()
     runner.pool.blocks.zero_()
-
-
-def test_R12_reading_weights_row_after_row_changes_no_bit(
-    runner: NativeRunner, library: Library, wide: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forward, "CACHE_BYTES", 0)
-    dtype = "bfloat16" if runner.pool.dtype == torch.bfloat16 else "float32"
-    other = NativeRunner(wide, library, dtype=dtype)
-    sequences = [random_tokens(i, 20 + i) for i in range(5)]
-    for count in range(1, 6):
-        for each in (runner, other):
-            each.forget()
-            each.step(sequences, [(i, 0, 19) for i in range(count)])
-        last = [(i, 19, 1) for i in range(count)]
-        assert torch.equal(other.step(sequences, last), runner.step(sequences, last))
 
 
 def test_what_is_out_of_bounds_is_refused_and_not_read(runner: NativeRunner) -> None:

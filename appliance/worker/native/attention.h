@@ -14,7 +14,6 @@ enum {
 
 typedef struct {
     int64_t halves, layers, hidden, heads, kv_heads, head_dim, ff, vocab, positions;
-    int64_t apart; /* the weights are more than the caches hold */
     int64_t blocks, block_tokens, block_bytes; /* of the pool: [block][layer][k, v][kv head][token][dim] */
     char *pool;
 } Shape;

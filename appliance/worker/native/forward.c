@@ -212,18 +212,18 @@ static void feed_forward(Engine *e, const Layer *l, int64_t rows)
         int64_t count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
         float *x = b->x + row * s->hidden;
         Matrices output = {.x = b->attended + row * b->attended_stride,
-                           .x_stride = b->attended_stride, .w = l->output, .apart = s->apart,
+                           .x_stride = b->attended_stride, .w = l->output,
                            .y = x, .y_stride = (size_t)s->hidden};
         product(halves, output, count, s->hidden, s->heads * s->head_dim, ADD);
         add_bias(x, l->output_bias, count, s->hidden);
         normalised_rows(m, x, l->mlp_norm, count, b->gate_up, b->inputs, b->input_stride);
         Matrices gate_up = {.x = b->inputs, .x_stride = b->input_stride, .w = l->gate_up,
-                            .y = b->gate_up, .y_stride = (size_t)(2 * s->ff), .apart = s->apart};
+                            .y = b->gate_up, .y_stride = (size_t)(2 * s->ff)};
         product(halves, gate_up, count, 2 * s->ff, s->hidden, SET);
         for (int64_t r = 0; r < count; r++)
             gate(s, b->gate_up + r * 2 * s->ff, b->gated + r * b->gated_stride);
         Matrices down = {.x = b->gated, .x_stride = b->gated_stride, .w = l->down, .y = x,
-                         .y_stride = (size_t)s->hidden, .apart = s->apart};
+                         .y_stride = (size_t)s->hidden};
         product(halves, down, count, s->hidden, s->ff, ADD);
     }
 }
@@ -256,7 +256,7 @@ static int64_t run_layer(Engine *e, int64_t layer, const Sequence *q, int64_t se
     int last = layer == s->layers - 1;
     normalised_rows(m, b->x, l->attn_norm, rows, b->gate_up, b->inputs, b->input_stride);
     Matrices qkv = {.x = b->inputs, .x_stride = b->input_stride, .w = l->qkv, .y = b->qkv,
-                    .y_stride = (size_t)columns, .apart = s->apart};
+                    .y_stride = (size_t)columns};
     product(s->halves != 0, qkv, rows, columns, hidden, SET);
     for (int64_t i = 0, row = 0; i < sequences; i++) {
         int64_t first = !last ? 0 : q[i].samples ? q[i].count - 1 : q[i].count;
@@ -375,7 +375,7 @@ int64_t appliance_step(Engine *e, const Sequence *q, int64_t sequences, float *l
         rows = run_layer(e, layer, q, sequences, rows);
     normalised_rows(m, b->x, m->norm, rows, b->gate_up, b->inputs, b->input_stride);
     Matrices head = {.x = b->inputs, .x_stride = b->input_stride, .w = m->lm_head, .y = logits,
-                     .y_stride = (size_t)s->vocab, .apart = s->apart};
+                     .y_stride = (size_t)s->vocab};
     product(s->halves != 0, head, rows, s->vocab, s->hidden, SET);
     for (int64_t r = 0; r < rows; r++)
         best[r] = largest(logits + r * s->vocab, s->vocab);

@@ -17,15 +17,12 @@ from appliance.worker.forward import BlockTables, Computed, Live
 from appliance.worker.kv_pool import KvPool
 from appliance.worker.native.build import Library, NativeUnavailable
 
-CACHE_BYTES = 24 << 20
-"""Weights that are more come from memory at each step. A matter of speed alone, not of bits."""
-
 
 class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "halves", "layers", "hidden", "heads", "kv_heads", "head_dim", "ff", "vocab",
-            "positions", "apart", "blocks", "block_tokens", "block_bytes",
+            "positions", "blocks", "block_tokens", "block_bytes",
         )),
         ("pool", ctypes.c_void_p),
     ]  # fmt: skip
@@ -129,7 +126,6 @@ class NativeForward:
         dtype: DType,
         max_positions: int,
     ) -> _Model:
-        apart = sum(each.numel() * each.element_size() for each in weights.values()) > CACHE_BYTES
         cos, sin = rotary.tables(shape, max_positions=max_positions, dtype=torch.float32)
         layers = (_Layer * shape.num_layers)()
         for index in range(shape.num_layers):
@@ -148,7 +144,6 @@ class NativeForward:
                 ff=shape.ff,
                 vocab=shape.vocab_size,
                 positions=max_positions,
-                apart=int(apart),
                 blocks=pool.num_blocks,
                 block_tokens=pool.block_tokens,
                 block_bytes=pool.block_bytes,

@@ -18,7 +18,6 @@ enum {
     DEPTH_BYTES = 3072,       /* a longer depth is cut into parts of at most this */
     LONGEST_WHOLE = 4096,     /* unless it is hardly longer */
     CARRIED_COLUMNS = 64,     /* columns of y whose chains can wait */
-    FEW_ROWS = 4,             /* with so many the memory is the bound, if the weights come from it */
 };
 enum { SET, ADD };
 
@@ -29,7 +28,6 @@ typedef struct {
     size_t w_stride;
     float *y;
     size_t y_stride; /* in elements; the other strides are in bytes */
-    int64_t apart;   /* W comes from memory, which likes one row after the other best */
 } Matrices;
 
 /* One part of the depth: `whole` bytes in whole vectors, then `tail` bytes of one more. */
@@ -50,20 +48,7 @@ INLINE void tile(const int rows, const int halves, Matrices m, Part p, int colum
 #pragma GCC unroll 4
         for (int c = 0; c < 4; c++)
             sum[r][c] = p.first ? (floats){0} : p.carry[4 * r + c];
-    size_t begin = 0;
-    if (rows <= FEW_ROWS && m.apart) {
-        begin = p.whole;
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++)
-            for (size_t k = 0; k < p.whole; k += VECTOR_BYTES) {
-                floats part = load(w[c] + k);
-                KEEP(part);
-#pragma GCC unroll 8
-                for (int r = 0; r < rows; r++)
-                    sum[r][c] = multiplied(halves, load(m.x + r * m.x_stride + k), part, sum[r][c]);
-            }
-    }
-    for (size_t k = begin; k < p.whole; k += VECTOR_BYTES) {
+    for (size_t k = 0; k < p.whole; k += VECTOR_BYTES) {
         floats part[4];
 #pragma GCC unroll 4
         for (int c = 0; c < 4; c++) {
