@@ -120,6 +120,7 @@ class RolesSection(Section, frozen=True, kw_only=True):
     controller: Literal["auto", "on", "off"] = "auto"
     settings: dict[str, Setting] = {}
     drain_seconds: Seconds = 2.0
+    wind_down: Literal["migrate", "wait"] = "migrate"
     flip_seconds: Annotated[float, Meta(gt=0)] = 5.0
     park_seconds: Annotated[float, Meta(gt=0)] = 30.0
 

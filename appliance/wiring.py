@@ -83,6 +83,7 @@ def dispatcher_config(plan: Plan) -> DispatcherConfig:
         pull_gain=transfer.pull_gain,
         block_bytes=plan.memory.block,
         drain_seconds=roles.drain_seconds,
+        wind_down=roles.wind_down,
         flip_seconds=roles.flip_seconds,
         park_seconds=roles.park_seconds,
     )

@@ -6,6 +6,9 @@
     set      all workers of the transaction are FLIPPING: each hears `SetRole` with an epoch.
     publish  all have said `RoleChanged`: they are READY in their new roles.
 
+With `wind_down = "wait"` every worker of the transaction is DRAINING until it has nothing left, or
+the time is over; answers are not moved for it. It is there to be compared with.
+
 What did not move stays and is served as if the worker were mixed. A death, a refusal or a time-out
 at any point puts all of them back: READY in the old role, which is said again with a newer epoch to
 those that were told the new one. Weights, pool and prefix cache stay in any case. Either all
@@ -143,9 +146,9 @@ class Flipper:
         for worker, role in flip.roles.items():
             slot = self._state.slots[worker]
             flip.moved_before += slot.moved_out
-            slot.next_role = role
+            slot.next_role = None if self._waits else role
             slot.touch()
-            if role is Role.PREFILL:
+            if role is Role.PREFILL or self._waits:
                 slot.go(WorkerState.DRAINING)
                 self._state.moves.call_off_incoming(slot, now)
 
@@ -162,11 +165,18 @@ class Flipper:
             elif now >= flip.deadline or all(map(self._is_prepared, flip.roles)):
                 self._set(flip, now)
 
+    @property
+    def _waits(self) -> bool:
+        """Answers end where they are before a flip."""
+        return self._state.config.wind_down == "wait"
+
     def _is_prepared(self, worker: WorkerId) -> bool:
         """Nothing moves out of a draining worker any more (what can move has begun to)."""
         slot = self._state.slots[worker]
         if slot.state is not WorkerState.DRAINING:
             return True
+        if self._waits:
+            return not slot.assigned and not slot.leased
         return all(record.move is None for record in slot.assigned.values())
 
     def _set(self, flip: Flip, now: float) -> None:
@@ -178,6 +188,7 @@ class Flipper:
         flip.is_set = True
         flip.deadline = now + self._state.config.flip_seconds
         for slot in slots:
+            slot.next_role = flip.roles[slot.id]
             slot.go(WorkerState.FLIPPING)
             self._say(slot, flip.roles[slot.id])
 

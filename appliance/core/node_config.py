@@ -1,5 +1,7 @@
 """The numbers that a Dispatcher is built with."""
 
+from typing import Literal
+
 from appliance.core.types import Record
 
 
@@ -45,6 +47,8 @@ class DispatcherConfig(Record, frozen=True, kw_only=True):
     move_pause_max: float = 10.0
     drain_seconds: float = 2.0
     """Time for migrations before a flip; what has not moved by then stays."""
+    wind_down: Literal["migrate", "wait"] = "migrate"
+    """What a worker that will flip does with its answers: move them elsewhere, or finish them."""
     flip_seconds: float = 5.0
     """A worker that has not taken its new role by then makes the flip be rolled back."""
     park_seconds: float = 30.0

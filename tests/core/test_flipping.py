@@ -129,6 +129,31 @@ def test_the_time_to_drain_is_bounded() -> None:
     assert kinds(node.wake()) == ["SetRole"]
 
 
+@pytest.mark.parametrize("role", [PREFILL, MIXED])
+def test_where_it_is_said_so_a_worker_finishes_its_answers_before_it_flips(role: Role) -> None:
+    node = Flips(PREFILL, DECODE, DECODE, wind_down="wait", drain_seconds=60.0)
+    node.decoding(1, 2)
+    assert kinds(node.flip(w1=role)) == ["Decided"]
+    assert node.role(1) == (DECODE, WorkerState.DRAINING)
+    assert not any(isinstance(o, Pull) and o.worker == D for o in node.arrive(3))
+    assert node.step(1, [1]) == []
+    assert kinds(node.step(1, [1], finished=[1]))[-1] == "SetRole"
+    said = node.obey(1)
+    assert (answer(said).outcome, answer(said).migrated) == (Outcome.DONE, 0)
+    assert node.role(1) == (role, WorkerState.READY)
+
+
+def test_where_it_is_said_so_prompts_are_finished_before_a_flip_too() -> None:
+    node = Flips(PREFILL, DECODE, PREFILL, wind_down="wait", drain_seconds=60.0)
+    node.arrive(1)
+    assert kinds(node.flip(w0=DECODE)) == ["Decided"]
+    node.step(0, [1])
+    node.prefilled(1)
+    node.pulled(1)
+    assert kinds(node.released(1)) == ["SetRole"], "it keeps nothing for a peer any more"
+    assert answer(node.obey(0)).outcome is Outcome.DONE
+
+
 def test_R9_two_swap_their_roles_as_one_and_no_phase_is_ever_without_a_worker() -> None:
     node = Flips(PREFILL, DECODE)
     node.decoding(1)
