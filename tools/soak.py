@@ -9,10 +9,14 @@ descriptors, threads and processes are measured. What is drawn depends on the se
 is the machine's.
 
 No worker is hit before it has served long enough to count as healthy, so none is quarantined; the
-worker of the highest number is never hit. The exit code is 1 if a promise was broken (R1, R2, R3,
-R5, R6, R15, R16, R19).
+worker of the highest number is never hit. With `--flips` operators change roles and park workers at
+the same time, with `--aborts` many more clients leave early (`tools/soak_moves.py`); these and
+`--kills` must all have happened so often by the end. The exit code is 1 if a promise was broken
+(R1, R2, R3, R5, R6, R9, R15, R16, R19).
 
-    python tools/soak.py --minutes 30 --devices paced:4 --json docs/results/soak.json
+    python -m tools.soak --minutes 30 --devices paced:4 --json docs/results/soak.json
+    python -m tools.soak --minutes 18 --roles prefill,prefill,decode,decode \
+        --kills 100 --flips 1000 --aborts 10000
 """
 
 import argparse
@@ -40,6 +44,7 @@ from rich.text import Text
 
 from appliance.core.types import Record
 from tools.soak_clients import Accounts, Clients, Violation, make_prompts
+from tools.soak_moves import Changers, Goals
 from tools.soak_watch import MIB, Sample, Trend, take, trends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +90,8 @@ class Options(Record, frozen=True, kw_only=True):
     """Mean pause between two blows; 0 for none."""
     seed: int
     laws: bool
+    roles: str = "mixed"
+    goals: Goals = Goals()
 
 
 class Report(Record, frozen=True, kw_only=True):
@@ -97,6 +104,8 @@ class Report(Record, frozen=True, kw_only=True):
     counts: Mapping[str, int]
     server: Mapping[str, Any]
     """Totals of the server's own books."""
+    transfers: Mapping[str, Any]
+    """How moves between workers ended, and what went where."""
     workers: Sequence[Mapping[str, Any]]
     trends: Sequence[Trend]
     num_violations: int
@@ -123,9 +132,10 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.log = directory / "server.log"
         command = [sys.executable, "-m", "appliance", "start", "--config", str(config)]
+        command += ["--devices", options.devices, "--roles", options.roles, "--port", str(port)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "--devices", options.devices, "--port", str(port)],
+                command,
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -189,6 +199,12 @@ class Soak:
         paced = options.devices.startswith("paced")
         prompts = make_prompts(self._rng, 150, longest_answer=400 if paced else 120)
         self._clients = Clients(server.url, prompts, self.accounts, hold_seconds=HOLD_SECONDS)
+        self._changers = Changers(
+            self._clients,
+            options.goals,
+            num_workers=server.num_workers,
+            seconds=60 * options.minutes,
+        )
         self.samples: list[Sample] = []
         self.rounds = 0
         self.state: dict[str, Any] = {}
@@ -218,6 +234,8 @@ class Soak:
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
+        for words in self._options.goals.missing(self.accounts.counts):
+            self.accounts.violate("too few", words)
         for trend in trends(self.samples):
             if trend.grew:
                 self.accounts.violate(
@@ -229,7 +247,7 @@ class Soak:
         seeds = [self._rng.getrandbits(64) for _ in range(self._options.users + 2)]
         rngs = [random.Random(seed) for seed in seeds]
         work = [self._user(rng) for rng in rngs[2:]]
-        work += [self._bursts(rngs[0]), self._blows(rngs[1])]
+        work += [self._bursts(rngs[0]), self._blows(rngs[1]), *self._changers.work(self._rng)]
         for error in await asyncio.gather(*work, return_exceptions=True):
             if isinstance(error, BaseException):
                 self.accounts.violate("client failed", repr(error))
@@ -325,7 +343,8 @@ class Soak:
 
     def report(self) -> Report:
         """All of it."""
-        fields = ("id", "state", "epoch", "deaths", "steps", "preemptions", "blocks", "tokens")
+        fields = ("id", "role", "flips", "state", "epoch", "deaths", "steps", "preemptions")
+        fields += ("blocks", "tokens")
         kept = [{name: worker[name] for name in fields} for worker in self.state["workers"]]
         return Report(
             options=self._options,
@@ -334,6 +353,7 @@ class Soak:
             rounds=self.rounds,
             counts=dict(sorted(self.accounts.counts.items())),
             server=self.state["totals"],
+            transfers=self.state["transfers"],
             workers=kept,
             trends=trends(self.samples),
             num_violations=self.accounts.num_violations,
@@ -350,6 +370,8 @@ def unsettled(state: Mapping[str, Any]) -> list[str]:
         faults.append(f"{totals['live']} answers live")
     if ended != totals["sequences"]:
         faults.append(f"{totals['sequences']} answers begun, {ended} ended")
+    if state["moves"]:
+        faults.append(f"moves under way: {state['moves']}")
     for worker in state["workers"]:
         name, blocks = f"worker {worker['id']}", worker["blocks"]
         if worker["state"] != "ready":
@@ -364,13 +386,13 @@ def unsettled(state: Mapping[str, Any]) -> list[str]:
 def progress(soak: Soak) -> Text:
     """One line for the terminal."""
     counts, accounts = soak.accounts.counts, soak.accounts
-    hits = sum(count for name, count in counts.items() if name.startswith("workers hit"))
+    hits = Goals.done(counts)["kills"]
     memory = soak.samples[-1].server_rss / MIB if soak.samples else 0.0
     return Text(
         f"{soak.seconds:6.0f} s  round {soak.rounds}  ended {counts['requests accepted and ended']}"
         f"  open {accounts.open}  429 {counts['status 429']}  abandoned {counts['abandoned']}"
-        f"  hits {hits}  compared {counts['answers compared']}  server {memory:.1f} MiB"
-        f"  violations {accounts.num_violations}",
+        f"  hits {hits}  flips {counts['flips done']}  compared {counts['answers compared']}"
+        f"  server {memory:.1f} MiB  violations {accounts.num_violations}",
         style="red" if accounts.num_violations else "green",
     )
 
@@ -396,6 +418,10 @@ def tables(report: Report) -> list[Table]:
         seen.add_row(name, str(count))
     for name in ("replaced", "trials", "acquitted"):
         seen.add_row(f"server: {name}", str(report.server[name]))
+    for name, count in sorted(report.server["ended"].items()):
+        seen.add_row(f"server: ended, {name}", str(count))
+    for move in report.transfers["moves"]:
+        seen.add_row(f"server: {move['kind']}, {move['outcome']}", str(move["count"]))
     grown = Table(title="Settle points after the warm-up")
     for name in ("quantity", "first third", "last third", "slope per hour", "allowed", "verdict"):
         grown.add_column(name, justify="left" if name in ("quantity", "verdict") else "right")
@@ -443,10 +469,14 @@ def parse(arguments: Sequence[str]) -> tuple[Options, Path | None]:
     parser.add_argument("--hit-seconds", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--laws", action="store_true", help="the server checks its laws, too")
+    parser.add_argument("--roles", default="mixed", help="of the workers, at the start")
+    for name in ("kills", "flips", "aborts"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="so many at least")
     parser.add_argument("--json", type=Path, help="file for everything that was measured")
     args = vars(parser.parse_args(arguments))
     file: Path | None = args.pop("json")
-    return Options(**args), file
+    goals = Goals(**{name: args.pop(name) for name in ("kills", "flips", "aborts")})
+    return Options(goals=goals, **args), file
 
 
 def main(arguments: Sequence[str]) -> int:

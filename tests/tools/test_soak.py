@@ -98,11 +98,11 @@ def test_R2_blocks_kept_and_answers_lost_are_found() -> None:
     blocks = {"total": 10, "free": 9, "held": 1, "leased": 0}
     worker = {"id": 0, "state": "ready", "running": 0, "queued": 0, "blocks": blocks}
     totals = {"live": 0, "sequences": 5, "ended": {"stop": 4}}
-    faults = unsettled({"workers": [worker], "totals": totals})
+    faults = unsettled({"workers": [worker], "totals": totals, "moves": []})
     assert len(faults) == 2
     blocks.update(free=10, held=0)
     totals["sequences"] = 4
-    assert unsettled({"workers": [worker], "totals": totals}) == []
+    assert unsettled({"workers": [worker], "totals": totals, "moves": []}) == []
 
 
 @pytest.fixture
