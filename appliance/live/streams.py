@@ -32,7 +32,7 @@ from appliance.live.records import Delta, End, Sink, Ticket
 
 log = logging.getLogger(__name__)
 OnBroken = Callable[["Stream"], None]
-DELIVERIES = 512
+DELIVERIES = 96
 """Pushes in one callback; then others get their turn."""
 SWEEP_SECONDS = 0.005
 """Between two looks at the answers that wait under a hold; a shorter bound means no wait."""
