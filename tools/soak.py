@@ -343,8 +343,8 @@ class Soak:
 
     def report(self) -> Report:
         """All of it."""
-        fields = ("id", "role", "flips", "state", "epoch", "deaths", "steps", "preemptions")
-        fields += ("blocks", "tokens")
+        fields = ["id", "role", "flips", "state", "epoch", "deaths", "steps", "preemptions"]
+        fields += ["blocks", "tokens"]
         kept = [{name: worker[name] for name in fields} for worker in self.state["workers"]]
         return Report(
             options=self._options,

@@ -136,7 +136,7 @@ class Changers:
             accounts.counts[f"moved by {name}"] += document["migrated"]
             slowest = f"slowest of {name}, ms"
             accounts.counts[slowest] = max(accounts.counts[slowest], round(1000 * seconds))
-        return outcome == "done"
+        return bool(outcome == "done")
 
     async def _leaver(self, rng: random.Random) -> None:
         while time.monotonic() < self._clients.until:
