@@ -6,30 +6,25 @@ it introduces workers, orders moves, waits with frames of a target until the sou
 answers `KvPulled` with `Release`.
 """
 
-import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from appliance.core.batcher import Batcher
-from appliance.core.faults import FaultPlan, FaultRule
 from appliance.core.hashes import chain, root_hash
-from appliance.core.invariants import BatchWatch
-from appliance.core.kv_layout import index_offset, pool_bytes
+from appliance.core.kv_layout import index_offset
 from appliance.core.messages import (
     Abort,
+    Aborted,
     Assign,
     Command,
     KvPulled,
@@ -45,30 +40,18 @@ from appliance.core.messages import (
     WorkerUp,
 )
 from appliance.core.payload import Sampling, SequenceState, StepOutputs
-from appliance.core.peer_links import LinkCodec, LinkMessage, PeerDown, PeerUp
-from appliance.core.start import WorkerStart
+from appliance.core.peer_links import PeerDown, PeerUp
 from appliance.core.types import (
-    BatcherConfig,
     FinishReason,
     MoveId,
     Request,
     RequestId,
     Slo,
     WorkerId,
-    WorkerLoad,
 )
-from appliance.core.wire import FrameBuffer, command_codec, report_codec
-from appliance.policy import make_policy
-from appliance.worker.channel import Channel, Progress
-from appliance.worker.fault_actions import FaultPoints
-from appliance.worker.loop import StepLoop
-from appliance.worker.main import OpenedEngine, open_engine, open_pool_ties
-from appliance.worker.text import TokenText
+from appliance.core.wire import command_codec, report_codec
+from tests.worker.moves_ends import BLOCK, KEY, ROOT, End, Slabs, Wrap, serve_in_thread
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "models" / "tiny-tasks"
-KEY = b"node key"
-BLOCK = 16
 CODE = (
     "import socket, sys; from appliance.worker.main import run; "
     "run(socket.socket(fileno=int(sys.argv[1])))"
@@ -80,8 +63,8 @@ def packed(ids: Sequence[int]) -> bytes:
     return array("i", ids).tobytes()
 
 
-def names(ids: Sequence[int]) -> list[int]:
-    return chain(packed(ids), BLOCK, key=KEY, parent=root_hash(key=KEY))
+def names(ids: Sequence[int], salt: str = "") -> list[int]:
+    return chain(packed(ids), BLOCK, key=KEY, parent=root_hash(key=KEY, salt=salt))
 
 
 class Answer:
@@ -102,72 +85,6 @@ class Answer:
         return msgspec.structs.replace(self.state, emitted=packed(self.tokens))
 
 
-class Slabs:
-    """The memory of one node."""
-
-    def __init__(self, start: WorkerStart, *, block_bytes: int, weight_bytes: int = 0) -> None:
-        self.start = start
-        self.block_bytes = block_bytes
-        self.pools: dict[int, int] = {}
-        self.weights: int | None = None
-        if weight_bytes:
-            self.weights = os.memfd_create("weights")
-            os.ftruncate(self.weights, weight_bytes)
-
-    def pool(self, worker: int) -> int:
-        if worker not in self.pools:
-            self.pools[worker] = fd = os.memfd_create(f"kv-{worker}")
-            size = pool_bytes(num_blocks=self.start.num_blocks, block_bytes=self.block_bytes)
-            os.ftruncate(fd, size)
-        return self.pools[worker]
-
-    def fds(self, worker: int) -> list[int]:
-        weights = [] if self.weights is None else [self.weights]
-        return [*weights, self.pool(worker)]
-
-    def close(self) -> None:
-        for fd in (*self.pools.values(), *([] if self.weights is None else [self.weights])):
-            os.close(fd)
-
-
-class End:
-    """The node's ends of one incarnation."""
-
-    def __init__(self, start: WorkerStart, fds: Sequence[int]) -> None:
-        self.start = start
-        self.node, self.theirs = socket.socketpair()
-        self.links, links_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        record = msgspec.msgpack.encode(start)
-        with links_theirs:
-            message = [struct.pack("<I", len(record)) + record]
-            socket.send_fds(self.node, message, [*fds, links_theirs.fileno()])
-        self.buffer = FrameBuffer()
-        self.held: deque[tuple[list[Report], bytes]] = deque()
-        """Frames that wait for a `Prefilled`."""
-        self.up = False
-        self.gone = False
-        self.load: WorkerLoad | None = None
-        self.process: subprocess.Popen[bytes] | None = None
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
-        self.batcher: Batcher | None = None
-        self.loop: StepLoop | None = None
-        self.engine: OpenedEngine | None = None
-
-    def tell(self, message: LinkMessage, fds: Sequence[int] = ()) -> None:
-        with suppress(OSError):
-            socket.send_fds(self.links, [LinkCodec().encode(message)], fds)
-
-    def close(self) -> None:
-        self.node.close()
-        self.links.close()
-        self.theirs.close()
-        if self.process is not None:
-            if self.process.poll() is None:
-                self.process.kill()
-            self.process.wait(30)
-
-
 Hook = Callable[[int, Report], None]
 
 
@@ -185,8 +102,13 @@ class MovesNode:
         self.moves: dict[int, tuple[int, int, int]] = {}
         """Move -> request, source, target."""
         self.stopped: set[int] = set()
-        self.dead_sources: set[int] = set()
+        self.open: set[int] = set()
+        """Moves whose end has not been dealt with."""
         self.release = True
+        self.recover = False
+        """Do what the Dispatcher does when a move fails or a worker dies."""
+        self._again: dict[int, int] = {}
+        """Request -> worker that serves it again as soon as it says `Aborted`."""
         self.hook: Hook = lambda _worker, _report: None
         self._encode = command_codec().encode
         self._codec = report_codec()
@@ -198,12 +120,14 @@ class MovesNode:
         self,
         worker: int,
         *,
-        wrap: Callable[[OpenedEngine], OpenedEngine] = lambda opened: opened,
+        wrap: Wrap = lambda opened: opened,
         **changes: object,
     ) -> "MovesNode":
         start = msgspec.structs.replace(
             self.slabs.start, worker=WorkerId(worker), devices=(f"cpu:{worker}",), **changes
         )
+        if (before := self.ends.get(worker)) is not None:
+            before.close()
         end = self.ends[worker] = End(start, self.slabs.fds(worker))
         if self._processes:
             log = self._tmp / f"{worker}-{start.epoch}.log"
@@ -216,63 +140,9 @@ class MovesNode:
                 )
             end.theirs.close()
         else:
-            end.thread = threading.Thread(target=self._serve, args=(end, wrap))
+            end.thread = threading.Thread(target=serve_in_thread, args=(end, wrap))
             end.thread.start()
         return self
-
-    def _serve(self, end: End, wrap: Callable[[OpenedEngine], OpenedEngine]) -> None:
-        """What `worker.main` does, in a thread."""
-        from appliance.worker.channel import receive_start
-
-        pool = None
-        try:
-            start, fds = receive_start(end.theirs)
-            plan = FaultPlan(start.faults, worker=start.worker, epoch=start.epoch)
-            faults = FaultPoints(plan)
-            opened = wrap(open_engine(start, fds, reach=faults.reach))
-            pool = open_pool_ties(start, fds, opened=opened, faults=faults)
-            assert pool is not None
-            for fd in fds:
-                os.close(fd)
-            channel = Channel(end.theirs)
-            batcher = end.batcher = Batcher(
-                start.worker,
-                start.batcher,
-                groups=opened.engine.info.groups,
-                policy=make_policy("fcfs", {}).batch,
-                inherited=pool.ties.index.inherited,
-                checksum=pool.transfer.checksum,
-            )
-            end.engine = opened
-            loop = end.loop = StepLoop(
-                start,
-                channel=channel,
-                engine=opened.engine,
-                batcher=batcher,
-                tokens=TokenText.load(start.model_dir),
-                faults=faults,
-                progress=Progress(),
-                ties=pool.ties,
-                on_idle=opened.on_idle,
-                after_step=BatchWatch(batcher).check,
-            )
-            opened.attend(loop.listen_until)
-            up = WorkerUp(
-                worker=start.worker,
-                epoch=start.epoch,
-                groups=opened.engine.info.groups,
-                max_num_seqs=start.batcher.max_num_seqs,
-                max_batch_tokens=start.batcher.max_batch_tokens,
-            )
-            channel.send([up])
-            loop.run()
-        except Exception as error:
-            end.error = error
-        finally:
-            if pool is not None:
-                pool.ties.mover.stop()
-                pool.ties.links.close()
-            end.theirs.close()
 
     def ready(self, *workers: int) -> "MovesNode":
         """Wait until these are up and every pair of living workers has a link both ways."""
@@ -318,20 +188,69 @@ class MovesNode:
         assert process is not None
         process.send_signal(number)
 
+    def stop(self, worker: int) -> None:
+        """SIGSTOP, and wait until it has."""
+        self.kill(worker, signal.SIGSTOP)
+        while not self._is_stopped(self.ends[worker]):
+            time.sleep(0.01)
+
     def bury(self, worker: int) -> None:
-        """The worker has died: tell the others, let held frames go."""
+        """The worker has died: hear its last words, tell the others, place what it had anew."""
         end = self.ends[worker]
         end.gone = True
-        self.dead_sources |= {m for m, (_, source, _) in self.moves.items() if source == worker}
+        while self._take_next(worker):
+            pass
         for other, each in self.ends.items():
             if other != worker and each.up and not each.gone:
                 each.tell(PeerDown(peer=WorkerId(worker), epoch=end.start.epoch))
+        if self.recover:
+            self._recover(worker)
+
+    def _recover(self, dead: int) -> None:
+        for move in sorted(self.open):
+            number, source, target = self.moves[move]
+            if dead == target:
+                self.open.discard(move)
+                self.resume(move)
+            elif dead == source and move not in self.stopped:
+                self.open.discard(move)
+                self._again[number] = target
+                self.abort(number, target)
+        waiting = {self.moves[move][0] for move in self.open} | set(self._again)
+        for number, answer in self.answers.items():
+            if answer.owner == dead and answer.reason is None and number not in waiting:
+                self.assign_again(number, self._living())
+
+    def _failed(self, move: int) -> None:
+        number, source, _ = self.moves[move]
+        if move not in self.open:
+            return
+        self.open.discard(move)
+        if self.ends[source].gone:
+            self.assign_again(number, self._living())
+        else:
+            self.resume(move)
+
+    def _living(self) -> int:
+        return next(worker for worker, end in self.ends.items() if end.up and not end.gone)
+
+    def _kill_stopped(self) -> None:
+        """What the node's watch does to processes that were stopped."""
+        for worker, end in self.ends.items():
+            if end.up and not end.gone and self._is_stopped(end):
+                self.kill(worker)
+
+    def _is_stopped(self, end: End) -> bool:
+        assert end.process is not None
+        stat = Path(f"/proc/{end.process.pid}/stat").read_bytes()
+        return stat[stat.rindex(b")") + 2 :][:1] == b"T"
 
     # --- requests -------------------------------------------------------------------------------
 
     def send(self, worker: int, command: Command, payload: bytes = b"") -> None:
         with suppress(OSError):
-            self.ends[worker].node.sendall(self._encode([command], payload))
+            if worker in self.ends:
+                self.ends[worker].node.sendall(self._encode([command], payload))
 
     def assign(
         self,
@@ -343,14 +262,15 @@ class MovesNode:
         sampling: Sampling = GREEDY,
         pull_from: int | None = None,
         slo: Slo | None = None,
+        salt: str = "",
     ) -> None:
-        state = SequenceState(prompt=packed(prompt), sampling=sampling)
+        state = SequenceState(prompt=packed(prompt), sampling=sampling, salt=salt)
         request = Request(
             id=RequestId(number),
             arrived=float(number),
             prompt_tokens=len(prompt),
             max_tokens=max_tokens,
-            prefix_hashes=tuple(names(prompt)),
+            prefix_hashes=tuple(names(prompt, salt)),
             slo=slo or Slo(),
         )
         self.answers[number] = Answer(request, state, worker)
@@ -381,6 +301,7 @@ class MovesNode:
         self._num_moves += 1
         move = MoveId(self._num_moves)
         self.moves[move] = (number, source, target)
+        self.open.add(move)
         pull = Pull(
             worker=WorkerId(target),
             move=move,
@@ -427,8 +348,10 @@ class MovesNode:
         sockets = {end.node: worker for worker, end in self.ends.items() if not end.gone}
         for sock in select.select(list(sockets), [], [], seconds)[0]:
             self._read(sockets[sock])
-        while any([self._take_next(worker) for worker in self.ends]):  # noqa: C419 - all of them
+        while sum(self._take_next(worker) for worker in self.ends):
             pass
+        if self._processes and self.recover:
+            self._kill_stopped()
 
     def _read(self, worker: int) -> None:
         end = self.ends[worker]
@@ -452,7 +375,9 @@ class MovesNode:
     def _must_wait(self, reports: Sequence[Report]) -> bool:
         pulled = [report.move for report in reports if isinstance(report, KvPulled)]
         assert not pulled or len(reports) == 1, "KvPulled comes in a frame of its own"
-        return any(move not in self.stopped and move not in self.dead_sources for move in pulled)
+        return any(
+            move not in self.stopped and not self.is_gone(self.moves[move][1]) for move in pulled
+        )
 
     def _take(self, worker: int, reports: Sequence[Report], payload: bytes) -> None:
         end = self.ends[worker]
@@ -468,6 +393,7 @@ class MovesNode:
                     self.stopped.add(move)
                 case KvPulled(move=move, request_id=number):
                     _, source, target = self.moves[move]
+                    self.open.discard(move)
                     self.answers[number].owner = target
                     assert report.emitted_tokens == len(self.answers[number].tokens)
                     if self.release:
@@ -475,6 +401,10 @@ class MovesNode:
                             worker=WorkerId(source), move=move, request_id=RequestId(number)
                         )
                         self.send(source, release)
+                case PullFailed(move=move) if self.recover:
+                    self._failed(move)
+                case Aborted(request_id=number) if number in self._again:
+                    self.assign_again(number, self._again.pop(number))
                 case _:
                     pass
             load = getattr(report, "load", None)
@@ -542,30 +472,3 @@ class MovesNode:
                 assert not end.thread.is_alive()
             end.close()
         self.slabs.close()
-
-
-def paced_start(**changes: object) -> WorkerStart:
-    start = WorkerStart(
-        worker=WorkerId(0),
-        epoch=1,
-        devices=("paced:0",),
-        engine="paced",
-        model_dir=str(MODEL),
-        dtype="float32",
-        batcher=BatcherConfig(max_model_len=1024, max_batch_tokens=128),
-        block_tokens=BLOCK,
-        num_blocks=96,
-        has_weights_fd=False,
-        load_weights=False,
-        hash_key=KEY,
-        profile="fixed-1ms",
-        heartbeat_seconds=0.05,
-        validate=True,
-    )
-    return msgspec.structs.replace(start, **changes)
-
-
-def fault(point: str, action: str, worker: int, **more: object) -> FaultRule:
-    return msgspec.convert(
-        {"point": point, "action": action, "worker": worker, "epoch": 1, **more}, FaultRule
-    )
