@@ -79,6 +79,15 @@ class Planner:
     def plan(self, step: int, now: float) -> tuple[list[SeqWork], list[LiveSequence]]:
         """The work of step number `step` and, in the same order, whose it is. Both empty when
         nothing can be planned. Raises `PolicyError`."""
+        tries = len(self._queues.running)
+        while True:
+            before = len(self._reports)
+            work, planned = self._plan_once(step, now)
+            if work or not tries or len(self._reports) == before:
+                return work, planned
+            tries -= 1  # all that the grants named lost its blocks: others have room now
+
+    def _plan_once(self, step: int, now: float) -> tuple[list[SeqWork], list[LiveSequence]]:
         queues = self._queues
         queues.head_refused = False
         if queues.waiting:
