@@ -10,4 +10,16 @@ def __getattr__(name: str) -> str:
     try:
         return version("appliance")
     except PackageNotFoundError:  # running from a source tree that was never installed
+        return _version_of_source()
+
+
+def _version_of_source() -> str:
+    """`0.1.0+source`: what the tree's pyproject.toml says."""
+    import tomllib
+    from pathlib import Path
+
+    try:
+        text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text("utf-8")
+        return f"{tomllib.loads(text)['project']['version']}+source"
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
         return "0+unknown"

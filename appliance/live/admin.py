@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.lifecycle import WorkerState
-from appliance.core.messages import LinkUp
+from appliance.core.messages import HOST_TIER, LinkUp
 from appliance.core.types import WorkerId
 from appliance.core.view import WorkerView
-from appliance.live.moves import MoveSeen, source_name
+from appliance.live.moves import MoveSeen
 from appliance.live.records import Health
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def _move(move: MoveSeen, now: float) -> dict[str, Any]:
 
 
 def _transfers(node: "Node") -> dict[str, Any]:
-    """How moves ended, and what went where by which path."""
+    """How moves ended, and what went where by which path; a source of null is the target's own host
+    memory."""
     moves = node.moves
     return {
         "moves": [
@@ -93,7 +94,7 @@ def _transfers(node: "Node") -> dict[str, Any]:
             {
                 "kind": kind,
                 "path": path,
-                "source": source_name(source),
+                "source": None if source == HOST_TIER else source,
                 "target": target,
                 "count": count.num,
                 "bytes": count.num_bytes,

@@ -131,7 +131,7 @@ async def test_R12_R25_answers_are_those_of_mixed_workers_wherever_they_are_comp
     assert decode_1 > decode_0
     assert moved(server)["hand-off done"] >= 10
     paths = server.state()["transfers"]["paths"]
-    assert {(p["source"], p["target"]) for p in paths if p["kind"] == "hand-off"} == {("0", 1)}
+    assert {(p["source"], p["target"]) for p in paths if p["kind"] == "hand-off"} == {(0, 1)}
     assert all(p["path"] == "shared memory" for p in paths)
 
     # both flips, while streams run
