@@ -134,8 +134,9 @@ class Changers:
             word = "done" if outcome == "done" else "rolled back"
             accounts.counts[f"{name} {word}"] += flips or 1
             accounts.counts[f"moved by {name}"] += document["migrated"]
-            slowest = f"slowest of {name}, ms"
-            accounts.counts[slowest] = max(accounts.counts[slowest], round(1000 * seconds))
+            for who, taken in (("client", seconds), ("server", document["seconds"])):
+                slowest = f"slowest of {name} for the {who}, ms"
+                accounts.counts[slowest] = max(accounts.counts[slowest], round(1000 * taken))
         return bool(outcome == "done")
 
     async def _leaver(self, rng: random.Random) -> None:
