@@ -34,7 +34,7 @@ class MoveBook:
 
     def targets(self, record: RequestRecord, now: float) -> list[WorkerSlot]:
         """Workers that may pull this request now from the one where it is. None for a suspect, nor
-        for one that moves or has just failed to. Off a worker that is to be parked it may go to
+        for one that moves, has just failed to, or has one token left to get. Off a worker that is to be parked it may go to
         those for prompts too if no other is there."""
         source = None if record.worker is None else self._state.slots[record.worker]
         if source is None or source.moves_after > now or not self._may_move(record, now):
@@ -61,6 +61,7 @@ class MoveBook:
             record.move is None
             and not record.suspected
             and record.move_after <= now
+            and record.request.max_tokens - record.emitted > 1
             and record.state in (RequestState.ASSIGNED, RequestState.DECODING)
         )
 

@@ -78,24 +78,24 @@ class Storm:
         worker = rng.choice(node.ids)
         shell = node.workers[worker]
         draw = rng.random()
-        if draw < 0.16:
+        if draw < 0.2:
             node.deliver_command(worker)
-        elif draw < 0.34:
+        elif draw < 0.42:
             node.deliver_frame(worker)
-        elif draw < 0.46:
+        elif draw < 0.58:
             others = [id_ for id_ in node.ids if id_ != worker]
             if others:
                 node.deliver_bell(worker, rng.choice(others))
-        elif draw < 0.56 and shell is not None and shell.copies:
+        elif draw < 0.7 and shell is not None and shell.copies:
             fails = "the copier failed" if rng.random() < 0.05 else ""
             shell.advance(rng.randrange(99), rng.choice([1, 3, 1000]), fails)
-        elif draw < 0.76 and shell is not None:
+        elif draw < 0.8 and shell is not None:
             node.step(shell)
-        elif draw < 0.77:
+        elif draw < 0.805:
             node.now += rng.choice([0.001, 0.05, 1.0])
-        elif draw < 0.78 and shell is not None:
+        elif draw < 0.81 and shell is not None:
             shell.wake()
-        elif draw < 0.80:
+        elif draw < 0.83:
             node.wake_node()
         else:
             self._decide(worker)
@@ -110,9 +110,9 @@ class Storm:
         elif draw < 0.35 and self.num_tasks < 24:
             node.arrive(_task(rng, self.num_tasks, node.now))
             self.num_tasks += 1
-        elif draw < 0.45:
+        elif draw < 0.38:
             self._ask(worker)
-        elif draw < 0.48 and self.num_tasks:
+        elif draw < 0.41 and self.num_tasks:
             node.cancel(rng.randrange(self.num_tasks))
 
     def _ask(self, worker: WorkerId) -> None:

@@ -1,0 +1,362 @@
+"""Which worker should take which role: the automatic controller, a brick for the slot `roles`.
+
+Every `interval` seconds it predicts the load of each phase in *workers kept busy*: what arrived
+within `window` seconds, and what waits, times what the cost model has learnt (prefill seconds per
+token, seconds of a decode step, length of an answer). The *pressure* of a division of the workers
+into prefill, decode and mixed ones is the worst of
+
+* the load of the fullest phase, mixed workers shared out as well as possible,
+* the predicted time to the first token over the tightest target of a live request,
+* the predicted time per token over the tightest target: on a mixed worker prompts lengthen the
+  steps of the decodes beside them, on a decode worker they do not.
+
+Above 1 somebody's budget is infeasible. One worker at most changes its role at a time:
+
+* **up** when the pressure is above `high`: the change that lowers it most, if by at least the share
+  `gain`; if the phase that gets the worker is the fuller one even while the worker counts for
+  neither (so that a flip never just turns the imbalance round); and if what it saves within
+  `horizon` seconds is worth more than the transition, during which the worker serves neither. In a
+  share of its time a phase gains, pressure times seconds are saved.
+* **down** when the pressure with mixed workers alone has been below `low` for `hold` seconds: one
+  worker goes back to mixed. Between `low` and `high` nothing changes.
+* only what was found `confirm` times in a row is done; a worker keeps a role for at least `dwell`
+  seconds, and any two changes are at least `cooldown` seconds apart. So a node of n workers never
+  flips more than n / dwell or 1 / cooldown times a second, whatever the load does.
+
+The rules are after public ones: the price of the transition as in MindIE-Motor (the imbalance must
+keep its sign), distinct thresholds as in BlitzScale, feasibility of budgets as in xLLM-Service,
+mixed as a third state as in TokenScale. HyperFlexis names the goal and not the rule."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Annotated
+
+import msgspec
+
+from appliance.core.lifecycle import WorkerState
+from appliance.core.slots import RolePlan, RolesSlot
+from appliance.core.types import Role, WorkerId
+from appliance.core.view import NodeView, Targets, Traffic, WorkerView
+from appliance.policy.settings import read_settings
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=10)]
+
+
+class RoleSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds, and shares of a worker's time (pressure)."""
+
+    interval: Annotated[float, msgspec.Meta(gt=0)] = 0.5
+    window: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    high: Share = 0.9
+    low: Share = 0.45
+    gain: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.15
+    confirm: Annotated[int, msgspec.Meta(ge=1)] = 2
+    dwell: Seconds = 10.0
+    cooldown: Seconds = 3.0
+    hold: Seconds = 10.0
+    horizon: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    flip_seconds: Seconds = 0.05
+    """What a change of role costs a worker beside the sequences that must move."""
+    move_seconds: Seconds = 0.01
+    """What each of those costs it."""
+    mixed: bool = True
+    """Mixed workers are allowed; without them at least one worker of each role stays."""
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What has to be served, predicted."""
+
+    prefill: float
+    """Workers that prompts keep busy."""
+    decode: float
+    """Workers whose batches answers fill."""
+    prompt_seconds: float
+    """Computing one prompt."""
+    backlog_seconds: float
+    """Computing the prompts that are here."""
+    step_seconds: float
+    """A step without prompts."""
+    targets: Targets
+
+
+class Division(msgspec.Struct, frozen=True, kw_only=True):
+    """How many workers have which role."""
+
+    prefill: int
+    decode: int
+    mixed: int
+
+    def without(self, role: Role) -> "Division":
+        """One of this role less."""
+        return self._plus(role, -1)
+
+    def plus(self, role: Role) -> "Division":
+        """One of this role more."""
+        return self._plus(role, 1)
+
+    def _plus(self, role: Role, count: int) -> "Division":
+        return Division(
+            prefill=self.prefill + count * (role is Role.PREFILL),
+            decode=self.decode + count * (role is Role.DECODE),
+            mixed=self.mixed + count * (role is Role.MIXED),
+        )
+
+    def served(self) -> "Division":
+        """As it works: a phase that no worker prefers is served by the others as if mixed."""
+        total = self.prefill + self.decode + self.mixed
+        if not self.mixed and not (self.prefill and self.decode):
+            return Division(prefill=0, decode=0, mixed=total)
+        return self
+
+
+class Pressure(msgspec.Struct, frozen=True, kw_only=True):
+    """What a division would have to bear; shares of 1."""
+
+    worst: float
+    prefill: float
+    decode: float
+    first_token: float
+    per_token: float
+
+    def words(self) -> str:
+        """Which of them is the worst."""
+        if self.worst == self.per_token and self.per_token > max(self.prefill, self.decode):
+            return "time per token"
+        if self.worst == self.first_token and self.first_token > max(self.prefill, self.decode):
+            return "time to first token"
+        return "prefill" if self.prefill >= self.decode else "decode"
+
+
+def pressure(division: Division, load: Load) -> Pressure:
+    """What this division of workers would have to bear."""
+    shape = division.served()
+    total = shape.prefill + shape.decode + shape.mixed
+    if not total:
+        return Pressure(worst=0.0, prefill=0.0, decode=0.0, first_token=0.0, per_token=0.0)
+    even = (load.prefill + load.decode) / total
+    prefill = load.prefill / max(1, shape.prefill + shape.mixed)
+    decode = load.decode / max(1, shape.decode + shape.mixed)
+    level = max(even, prefill, decode)
+    beside = max(0.0, load.prefill - level * shape.prefill) / shape.mixed if shape.mixed else 0.0
+    stretch = 1 / max(0.05, 1 - min(beside, 0.95))
+    tpot = load.step_seconds * max(decode, stretch, 1.0)
+    busy = min(max(prefill, even if shape.mixed else 0.0), 0.95)
+    ttft = load.prompt_seconds / (1 - busy)
+    ttft += load.backlog_seconds / max(1, shape.prefill + shape.mixed)
+    first = ttft / load.targets.ttft if load.targets.ttft else 0.0
+    each = tpot / load.targets.tpot if load.targets.tpot else 0.0
+    return Pressure(
+        worst=max(level, first, each),
+        prefill=max(prefill, even if shape.mixed else 0.0),
+        decode=max(decode, even if shape.mixed else 0.0),
+        first_token=first,
+        per_token=each,
+    )
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker takes another role."""
+
+    worker: WorkerId
+    role: Role
+    after: Pressure
+    cost: float
+
+
+class RoleController:
+    """The slot `roles`. What it remembers: what came lately, and what it wanted lately."""
+
+    def __init__(self, settings: RoleSettings) -> None:
+        self._settings = settings
+        self._seen: deque[tuple[float, Traffic]] = deque()
+        self._flipped_at = float("-inf")
+        self._low_since: float | None = None
+        self._wanted: tuple[Role, Role] | None = None
+        self._times = 0
+
+    def __call__(self, view: NodeView, now: float) -> RolePlan:
+        """The change to make now, or none and why."""
+        workers = [each for each in view.workers.values() if each.state is WorkerState.READY]
+        self._remember(view, now)
+        load = self._load(view, workers, now)
+        division = _division(workers)
+        present = pressure(division, load)
+        trigger, change = self._weigh(workers, division, present=present, load=load, now=now)
+        home = not self._settings.mixed or all(each.role is Role.MIXED for each in workers)
+        idle = load.prefill == 0.0 and load.decode == 0.0
+        prediction = {
+            "prefill_load": load.prefill,
+            "decode_load": load.decode,
+            "pressure": present.worst,
+        }
+        if change is not None:
+            prediction["pressure_after"] = change.after.worst
+            self._flipped_at, self._wanted, self._times = now, None, 0
+        return RolePlan(
+            roles={} if change is None else {change.worker: change.role},
+            trigger=trigger,
+            prediction=prediction,
+            cost=0.0 if change is None else change.cost,
+            again=now + self._settings.interval,
+            wake=not (idle and home),
+        )
+
+    # --- what there is to do ------------------------------------------------------------------
+
+    def _remember(self, view: NodeView, now: float) -> None:
+        self._seen.append((now, view.traffic))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - self._settings.window:
+            self._seen.popleft()
+
+    def _load(self, view: NodeView, workers: list[WorkerView], now: float) -> Load:
+        began, before = self._seen[0]
+        traffic, cost, window = view.traffic, view.cost, self._settings.window
+        seconds = max(now - began, self._settings.interval)
+        arrived = traffic.arrived - before.arrived
+        tokens = traffic.prompt_tokens - before.prompt_tokens
+        pending = view.waiting_tokens + sum(each.pending_tokens for each in workers)
+        backlog = cost.prefill_seconds(pending)
+        slots = max((each.max_num_seqs for each in workers), default=1)
+        step = cost.decode_step_seconds
+        here = sum(each.assigned for each in workers)
+        coming = arrived / seconds * cost.answer_tokens * step
+        return Load(
+            prefill=cost.prefill_seconds(tokens) / seconds + backlog / window,
+            decode=max(coming, here - _prompts(workers)) / slots,
+            prompt_seconds=cost.prefill_seconds(tokens) / max(1, arrived),
+            backlog_seconds=backlog,
+            step_seconds=step,
+            targets=view.targets,
+        )
+
+    # --- what to do about it ------------------------------------------------------------------
+
+    def _weigh(
+        self,
+        workers: list[WorkerView],
+        division: Division,
+        *,
+        present: Pressure,
+        load: Load,
+        now: float,
+    ) -> tuple[str, Change | None]:
+        """Words, and the change to make now."""
+        if len(workers) < 2:
+            return "fewer than two workers are ready", None
+        if load.prefill == 0.0 and load.decode == 0.0 and division.mixed == len(workers):
+            return "idle", None
+        best, words = self._best(workers, division, present=present, load=load, now=now)
+        if best is None:
+            self._wanted, self._times = None, 0
+            return words, None
+        old = next(each.role for each in workers if each.id == best.worker)
+        same = self._wanted == (old, best.role)
+        self._wanted, self._times = (old, best.role), self._times + 1 if same else 1
+        if self._times < self._settings.confirm:
+            return f"{words}, to be confirmed", None
+        if now - self._flipped_at < self._settings.cooldown:
+            return f"{words}, but the last change was just now", None
+        return words, best
+
+    def _best(
+        self,
+        workers: list[WorkerView],
+        division: Division,
+        *,
+        present: Pressure,
+        load: Load,
+        now: float,
+    ) -> tuple[Change | None, str]:
+        settings = self._settings
+        changes = list(self._changes(workers, division, load=load, now=now))
+        if present.worst > settings.high:
+            self._low_since = None
+            bottleneck = f"{present.words()} is the bottleneck"
+            wise = [each for each in changes if self._pays(each, present)]
+            if wise:
+                best = min(wise, key=lambda each: (each.after.worst, each.cost, each.worker))
+                return best, bottleneck
+            return None, f"{bottleneck}, and no change of one role would pay"
+        total = len(workers)
+        alone = pressure(Division(prefill=0, decode=0, mixed=total), load)
+        if not settings.mixed or division.mixed == total or alone.worst >= settings.low:
+            self._low_since = None
+            return None, "the roles suffice"
+        if self._low_since is None:
+            self._low_since = now
+        if now - self._low_since < settings.hold:
+            return None, "the load is low, for a short time"
+        back = [each for each in changes if each.role is Role.MIXED]
+        if not back:
+            return None, "the load is low, but roles have just changed"
+        return min(back, key=lambda each: (each.after.worst, each.cost, each.worker)), (
+            "the load is low: mixed workers do"
+        )
+
+    def _changes(
+        self, workers: list[WorkerView], division: Division, *, load: Load, now: float
+    ) -> Iterator[Change]:
+        """Legal changes of one worker; of equal workers the one with the least to move."""
+        settings = self._settings
+        for role in Role:
+            donors = [
+                each
+                for each in workers
+                if now - each.role_since >= settings.dwell and not each.reserved
+            ]
+            if not settings.mixed and not self._keeps_both(division, role):
+                continue
+            for each in sorted(donors, key=lambda each: (each.assigned, each.id)):
+                if role is each.role or (role is Role.MIXED and not settings.mixed):
+                    continue
+                less = division.without(each.role)
+                if role is not Role.MIXED and not _is_fuller(role, less, load):
+                    continue
+                moved = each.assigned if role is Role.PREFILL else 0
+                yield Change(
+                    worker=each.id,
+                    role=role,
+                    after=pressure(less.plus(role), load),
+                    cost=settings.flip_seconds + moved * settings.move_seconds,
+                )
+
+    @staticmethod
+    def _keeps_both(division: Division, role: Role) -> bool:
+        """Whether one of each role is left when another worker takes this one."""
+        others = division.decode if role is Role.PREFILL else division.prefill
+        return others > 1 or division.mixed > 0
+
+    def _pays(self, change: Change, present: Pressure) -> bool:
+        settings = self._settings
+        saved = present.worst - change.after.worst
+        if saved < settings.gain * present.worst:
+            return False
+        return saved * settings.horizon > change.cost * max(1.0, present.worst)
+
+
+def role_controller(settings: Mapping[str, object]) -> RolesSlot:
+    """A controller of its own. Raises `PolicySettingsError` naming a setting that it does not
+    have."""
+    return RoleController(read_settings(RoleSettings, settings, policy="roles"))
+
+
+def _division(workers: list[WorkerView]) -> Division:
+    roles = [each.role for each in workers]
+    return Division(
+        prefill=roles.count(Role.PREFILL),
+        decode=roles.count(Role.DECODE),
+        mixed=roles.count(Role.MIXED),
+    )
+
+
+def _prompts(workers: list[WorkerView]) -> int:
+    """Requests at workers that have no token yet, roughly."""
+    return sum(min(each.assigned, each.load.queued) for each in workers)
+
+
+def _is_fuller(role: Role, less: Division, load: Load) -> bool:
+    """Whether the phase of `role` is the fuller one while a worker counts for neither."""
+    prefill = load.prefill / max(less.prefill + less.mixed, 1e-9)
+    decode = load.decode / max(less.decode + less.mixed, 1e-9)
+    return prefill > decode if role is Role.PREFILL else decode > prefill
