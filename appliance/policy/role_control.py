@@ -10,18 +10,18 @@ into prefill, decode and mixed ones is the worst of
 * the predicted time per token over the tightest target: on a mixed worker prompts lengthen the
   steps of the decodes beside them, on a decode worker they do not.
 
-Above 1 somebody's budget is infeasible. One worker at most changes its role at a time:
+Above 1 somebody's budget is infeasible. All divisions are compared; those that need fewer workers
+to change are preferred. The workers of one change flip as one transaction:
 
-* **up** when the pressure is above `high`: the change that lowers it most, if by at least the share
-  `gain`; if the phase that gets the worker is the fuller one even while the worker counts for
-  neither (so that a flip never just turns the imbalance round); and if what it saves within
-  `horizon` seconds is worth more than the transition, during which the worker serves neither. In a
-  share of its time a phase gains, pressure times seconds are saved.
-* **down** when the pressure with mixed workers alone has been below `low` for `hold` seconds: one
-  worker goes back to mixed. Between `low` and `high` nothing changes.
+* **up** when the pressure is above `high`: the division that lowers it most, if by at least the
+  share `gain`; if a phase that gets workers from the other one is the fuller one even while they
+  count for neither (so that a flip never just turns the imbalance round); and if the pressure saved
+  within `horizon` seconds is worth more than the transition, during which they serve neither.
+* **down** when the pressure with mixed workers alone has been below `low` for `hold` seconds: all
+  that may go back to mixed. Between `low` and `high` nothing changes.
 * only what was found `confirm` times in a row is done; a worker keeps a role for at least `dwell`
-  seconds, and any two changes are at least `cooldown` seconds apart. So a node of n workers never
-  flips more than n / dwell or 1 / cooldown times a second, whatever the load does.
+  seconds, and any two changes are at least `cooldown` seconds apart. So a worker never flips more
+  often than 1 / dwell, and the node 1 / cooldown times a second, whatever the load does.
 
 The rules are after public ones: the price of the transition as in MindIE-Motor (the imbalance must
 keep its sign), distinct thresholds as in BlitzScale, feasibility of budgets as in xLLM-Service,
@@ -38,6 +38,9 @@ from appliance.core.slots import RolePlan, RolesSlot
 from appliance.core.types import Role, WorkerId
 from appliance.core.view import NodeView, Targets, Traffic, WorkerView
 from appliance.policy.settings import read_settings
+
+EFFORT = 0.02
+"""Pressure that each worker more of a change must save."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=10)]
@@ -87,26 +90,31 @@ class Division(msgspec.Struct, frozen=True, kw_only=True):
     decode: int
     mixed: int
 
-    def without(self, role: Role) -> "Division":
-        """One of this role less."""
-        return self._plus(role, -1)
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.prefill + self.decode + self.mixed
 
-    def plus(self, role: Role) -> "Division":
-        """One of this role more."""
-        return self._plus(role, 1)
+    def count(self, role: Role) -> int:
+        """Those of one role."""
+        return {
+            Role.PREFILL: self.prefill,
+            Role.DECODE: self.decode,
+            Role.MIXED: self.mixed,
+        }[role]
 
-    def _plus(self, role: Role, count: int) -> "Division":
+    def common(self, other: "Division") -> "Division":
+        """Workers that need not change to get from one to the other."""
         return Division(
-            prefill=self.prefill + count * (role is Role.PREFILL),
-            decode=self.decode + count * (role is Role.DECODE),
-            mixed=self.mixed + count * (role is Role.MIXED),
+            prefill=min(self.prefill, other.prefill),
+            decode=min(self.decode, other.decode),
+            mixed=min(self.mixed, other.mixed),
         )
 
     def served(self) -> "Division":
         """As it works: a phase that no worker prefers is served by the others as if mixed."""
-        total = self.prefill + self.decode + self.mixed
         if not self.mixed and not (self.prefill and self.decode):
-            return Division(prefill=0, decode=0, mixed=total)
+            return Division(prefill=0, decode=0, mixed=self.total)
         return self
 
 
@@ -131,7 +139,7 @@ class Pressure(msgspec.Struct, frozen=True, kw_only=True):
 def pressure(division: Division, load: Load) -> Pressure:
     """What this division of workers would have to bear."""
     shape = division.served()
-    total = shape.prefill + shape.decode + shape.mixed
+    total = shape.total
     if not total:
         return Pressure(worst=0.0, prefill=0.0, decode=0.0, first_token=0.0, per_token=0.0)
     even = (load.prefill + load.decode) / total
@@ -156,12 +164,17 @@ def pressure(division: Division, load: Load) -> Pressure:
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker takes another role."""
+    """Some workers take other roles."""
 
-    worker: WorkerId
-    role: Role
+    roles: dict[WorkerId, Role]
+    division: Division
     after: Pressure
     cost: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The best change has the least; a worker more must be worth it."""
+        return (self.after.worst + EFFORT * len(self.roles), self.cost)
 
 
 class RoleController:
@@ -172,7 +185,7 @@ class RoleController:
         self._seen: deque[tuple[float, Traffic]] = deque()
         self._flipped_at = float("-inf")
         self._low_since: float | None = None
-        self._wanted: tuple[Role, Role] | None = None
+        self._wanted: Division | None = None
         self._times = 0
 
     def __call__(self, view: NodeView, now: float) -> RolePlan:
@@ -194,7 +207,7 @@ class RoleController:
             prediction["pressure_after"] = change.after.worst
             self._flipped_at, self._wanted, self._times = now, None, 0
         return RolePlan(
-            roles={} if change is None else {change.worker: change.role},
+            roles={} if change is None else change.roles,
             trigger=trigger,
             prediction=prediction,
             cost=0.0 if change is None else change.cost,
@@ -250,9 +263,8 @@ class RoleController:
         if best is None:
             self._wanted, self._times = None, 0
             return words, None
-        old = next(each.role for each in workers if each.id == best.worker)
-        same = self._wanted == (old, best.role)
-        self._wanted, self._times = (old, best.role), self._times + 1 if same else 1
+        same = self._wanted == best.division
+        self._wanted, self._times = best.division, self._times + 1 if same else 1
         if self._times < self._settings.confirm:
             return f"{words}, to be confirmed", None
         if now - self._flipped_at < self._settings.cooldown:
@@ -268,64 +280,90 @@ class RoleController:
         load: Load,
         now: float,
     ) -> tuple[Change | None, str]:
-        settings = self._settings
-        changes = list(self._changes(workers, division, load=load, now=now))
+        settings, total = self._settings, len(workers)
         if present.worst > settings.high:
             self._low_since = None
             bottleneck = f"{present.words()} is the bottleneck"
-            wise = [each for each in changes if self._pays(each, present)]
+            wise = [
+                change
+                for wanted in self._divisions(total)
+                if (change := self._change(workers, wanted, load=load, now=now)) is not None
+                and self._pays(change, present)
+            ]
             if wise:
-                best = min(wise, key=lambda each: (each.after.worst, each.cost, each.worker))
-                return best, bottleneck
-            return None, f"{bottleneck}, and no change of one role would pay"
-        total = len(workers)
-        alone = pressure(Division(prefill=0, decode=0, mixed=total), load)
-        if not settings.mixed or division.mixed == total or alone.worst >= settings.low:
+                return min(wise, key=lambda each: each.rank), bottleneck
+            return None, f"{bottleneck}, and no change of roles would pay"
+        all_mixed = Division(prefill=0, decode=0, mixed=total)
+        calm = pressure(all_mixed, load).worst < settings.low
+        if not settings.mixed or division == all_mixed or not calm:
             self._low_since = None
             return None, "the roles suffice"
         if self._low_since is None:
             self._low_since = now
         if now - self._low_since < settings.hold:
             return None, "the load is low, for a short time"
-        back = [each for each in changes if each.role is Role.MIXED]
-        if not back:
+        back = self._back(workers, load=load, now=now)
+        if back is None:
             return None, "the load is low, but roles have just changed"
-        return min(back, key=lambda each: (each.after.worst, each.cost, each.worker)), (
-            "the load is low: mixed workers do"
-        )
+        return back, "the load is low: mixed workers do"
 
-    def _changes(
-        self, workers: list[WorkerView], division: Division, *, load: Load, now: float
-    ) -> Iterator[Change]:
-        """Legal changes of one worker; of equal workers the one with the least to move."""
-        settings = self._settings
+    def _divisions(self, total: int) -> Iterator[Division]:
+        """All that are allowed."""
+        for prefill in range(total + 1):
+            for decode in range(total + 1 - prefill):
+                mixed = total - prefill - decode
+                if self._settings.mixed or (not mixed and prefill and decode):
+                    yield Division(prefill=prefill, decode=decode, mixed=mixed)
+
+    def _change(
+        self, workers: list[WorkerView], wanted: Division, *, load: Load, now: float
+    ) -> Change | None:
+        """How to get there: who has the least to move changes first. None: it is as it is, some
+        must keep their role a while yet, or the imbalance would only turn round."""
+        present = _division(workers)
+        stay = present.common(wanted)
+        if wanted == present or not _keeps_sign(present, wanted, load):
+            return None
+        lacks = [role for role in Role for _ in range(wanted.count(role) - stay.count(role))]
+        free: list[WorkerView] = []
         for role in Role:
-            donors = [
-                each
-                for each in workers
-                if now - each.role_since >= settings.dwell and not each.reserved
-            ]
-            if not settings.mixed and not self._keeps_both(division, role):
-                continue
-            for each in sorted(donors, key=lambda each: (each.assigned, each.id)):
-                if role is each.role or (role is Role.MIXED and not settings.mixed):
-                    continue
-                less = division.without(each.role)
-                if role is not Role.MIXED and not _is_fuller(role, less, load):
-                    continue
-                moved = each.assigned if role is Role.PREFILL else 0
-                yield Change(
-                    worker=each.id,
-                    role=role,
-                    after=pressure(less.plus(role), load),
-                    cost=settings.flip_seconds + moved * settings.move_seconds,
-                )
+            surplus = present.count(role) - stay.count(role)
+            able = [each for each in workers if each.role is role and self._may_change(each, now)]
+            if len(able) < surplus:
+                return None
+            free += sorted(able, key=lambda each: (each.assigned, each.id))[:surplus]
+        free.sort(key=lambda each: (each.assigned, each.id))  # who has little becomes prefill
+        roles = {each.id: role for each, role in zip(free, lacks, strict=True)}
+        return self._priced(free, roles, wanted, load=load)
 
-    @staticmethod
-    def _keeps_both(division: Division, role: Role) -> bool:
-        """Whether one of each role is left when another worker takes this one."""
-        others = division.decode if role is Role.PREFILL else division.prefill
-        return others > 1 or division.mixed > 0
+    def _back(self, workers: list[WorkerView], *, load: Load, now: float) -> Change | None:
+        """All that may go back to mixed."""
+        free = [each for each in workers if each.role is not Role.MIXED]
+        free = [each for each in free if self._may_change(each, now)]
+        if not free:
+            return None
+        roles = {each.id: Role.MIXED for each in free}
+        after = _division([each for each in workers if each not in free])
+        wanted = Division(prefill=after.prefill, decode=after.decode, mixed=after.mixed + len(free))
+        return self._priced(free, roles, wanted, load=load)
+
+    def _may_change(self, worker: WorkerView, now: float) -> bool:
+        return now - worker.role_since >= self._settings.dwell and not worker.reserved
+
+    def _priced(
+        self,
+        workers: list[WorkerView],
+        roles: dict[WorkerId, Role],
+        wanted: Division,
+        *,
+        load: Load,
+    ) -> Change:
+        settings = self._settings
+        cost = 0.0
+        for each in workers:
+            moved = each.assigned if roles[each.id] is Role.PREFILL else 0
+            cost += settings.flip_seconds + moved * settings.move_seconds
+        return Change(roles=roles, division=wanted, after=pressure(wanted, load), cost=cost)
 
     def _pays(self, change: Change, present: Pressure) -> bool:
         settings = self._settings
@@ -355,8 +393,14 @@ def _prompts(workers: list[WorkerView]) -> int:
     return sum(min(each.assigned, each.load.queued) for each in workers)
 
 
-def _is_fuller(role: Role, less: Division, load: Load) -> bool:
-    """Whether the phase of `role` is the fuller one while a worker counts for neither."""
-    prefill = load.prefill / max(less.prefill + less.mixed, 1e-9)
-    decode = load.decode / max(less.decode + less.mixed, 1e-9)
-    return prefill > decode if role is Role.PREFILL else decode > prefill
+def _keeps_sign(present: Division, wanted: Division, load: Load) -> bool:
+    """Whether the phase that gets workers of the other one is the fuller one while they count for
+    neither. A change that takes from neither is always right."""
+    stay = present.common(wanted)
+    to_prefill = wanted.prefill > present.prefill and wanted.decode < present.decode
+    to_decode = wanted.decode > present.decode and wanted.prefill < present.prefill
+    if not to_prefill and not to_decode:
+        return True
+    prefill = load.prefill / max(stay.prefill + stay.mixed, 1e-9)
+    decode = load.decode / max(stay.decode + stay.mixed, 1e-9)
+    return prefill > decode if to_prefill else decode > prefill
