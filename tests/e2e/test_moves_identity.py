@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.procs, pytest.mark.timeout(900)]
 
 SIZES = [pytest.param(20, id="20"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 FIXED = ("--set", "model.dtype=float32", "--set", "devices.threads=1")
-ALWAYS = (*FIXED, "--validate")
+ALWAYS = (*FIXED, "--validate", "--set", "kv.memory=32MiB")  # laws look at every block
 ONE_EACH = ("--roles", "prefill,decode")
 Serve = Callable[..., Server]
 
