@@ -27,7 +27,7 @@ from appliance.core.types import BatcherConfig, Record
 from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
-from appliance.staff import notes_on_roles, staffed
+from appliance.staff import has_controller, notes_on_roles, staffed
 from appliance.worker.native.build import NativeUnavailable, check_threads, ensure_built
 from appliance.worker.profiles import KV_SLOT_BYTES, device_profile
 
@@ -130,10 +130,7 @@ def make_plan(
     max_model_len, num_blocks = _lengths(
         config, devices, checkpoint=checkpoint, block_bytes=fixed.block, room=room
     )
-    try:
-        policy = make_policy(config.policy.name, config.policy.settings)
-    except PolicySettingsError as error:
-        raise ConfigError(f"policy.name or policy.settings: {error}") from error
+    policy = _policy(config)
     notes = [devices.why] if devices.why else []
     notes += notes_on_roles(devices.workers)
     if config.model.max_model_len == "auto" and max_model_len < checkpoint.shape.max_positions:
@@ -192,6 +189,20 @@ def _dtype(config: Config) -> DType:
     if config.model.dtype == "auto":
         return "float32"
     return parse_dtype(config.model.dtype)
+
+
+def _policy(config: Config) -> Policy:
+    """The policy, with the controller of roles if there is to be one."""
+    name, settings = config.policy.name, config.policy.settings
+    try:
+        policy = make_policy(name, settings)
+    except PolicySettingsError as error:
+        raise ConfigError(f"policy.name or policy.settings: {error}") from error
+    try:  # settings of a controller that is off are checked too
+        controlled = make_policy(name, settings, roles=config.roles.settings)
+    except PolicySettingsError as error:
+        raise ConfigError(f"roles.settings: {error}") from error
+    return controlled if has_controller(config) else policy
 
 
 def _served_name(config: Config, checkpoint: Checkpoint) -> str:

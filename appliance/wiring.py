@@ -24,6 +24,7 @@ from appliance.live.spawner import Spawner
 from appliance.live.tokenise import TextService, TextSettings
 from appliance.live.weight_slabs import WeightSettings
 from appliance.live.workers import PoolPlan, WatchSettings
+from appliance.staff import has_controller
 from appliance.startup import Plan
 
 WORKER_ENTRY = "appliance.worker.main:run"
@@ -114,6 +115,7 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
         dispatcher=dispatcher_config(plan),
         policy=config.policy.name,
         policy_settings=config.policy.settings,
+        role_settings=config.roles.settings if has_controller(config) else None,
         profile=plan.devices.profile,
         threads=plan.threads,
         native=config.engine.native,

@@ -191,3 +191,9 @@ def test_native_kernels_are_planned_named_and_save_the_packed_copy(
     assert 'engine.native = "required": no C compiler found' in refused(
         engine={"native": "required"}
     )
+
+
+def test_R20_settings_of_the_controller_are_checked_even_when_it_is_off() -> None:
+    words = refused(roles={"settings": {"dwel": 3}})
+    assert words.startswith("roles.settings: ")
+    assert "dwell" in words

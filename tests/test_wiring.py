@@ -44,7 +44,13 @@ CONFIGURED = {
         "max_trials": 7,
         "spared_deaths": 0,
     },
-    "roles": {"drain_seconds": 1.5, "flip_seconds": 2.5, "park_seconds": 3.5},
+    "roles": {
+        "controller": "on",
+        "settings": {"dwell": 4.0},
+        "drain_seconds": 1.5,
+        "flip_seconds": 2.5,
+        "park_seconds": 3.5,
+    },
     "transfer": {"lease_seconds": 4.5, "prefix_pull": False, "pull_gain": 0.5},
     "limits": {
         "max_prompt_tokens": 100,
@@ -113,6 +119,16 @@ def test_copies_are_priced_with_the_size_of_a_block_and_not_made_without_a_cache
     assert (found.prefix_pull, found.block_bytes) == (True, planned.memory.block)
     uncached = plan(load(None, {"kv": {"prefix_cache": False}}))
     assert not dispatcher_config(uncached).prefix_pull
+
+
+def test_the_controller_of_roles_arrives_where_it_is_on() -> None:
+    planned = plan(load(None, CONFIGURED))
+    assert planned.policy.dispatch.roles is not None
+    assert node_settings(planned, ()).role_settings == {"dwell": 4.0}
+    usual = plan(Config())
+    assert usual.policy.dispatch.roles is None
+    assert node_settings(usual, ()).role_settings is None
+    assert plan(load(None, {"roles": {"initial": "auto"}})).policy.dispatch.roles is not None
 
 
 def test_roles_and_standby_workers_arrive() -> None:

@@ -114,7 +114,11 @@ def _say(decision: Decided) -> None:
     if decision.kind == "none":
         return
     level = logging.INFO if decision.outcome or decision.kind == "fallback" else logging.DEBUG
-    words: dict[str, object] = {"workers": list(decision.workers), "by": decision.by, "trigger": decision.trigger}
+    words: dict[str, object] = {
+        "workers": list(decision.workers),
+        "by": decision.by,
+        "trigger": decision.trigger,
+    }
     if decision.outcome:
         words["outcome"] = decision.outcome
     log.log(level, "decision: %s", decision.kind, extra=words)

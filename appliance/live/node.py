@@ -475,6 +475,7 @@ def _make_journal(settings: NodeSettings, file: JournalFile | None) -> Journal:
         workers=settings.workers,
         policy=settings.policy,
         settings=dict(settings.policy_settings),
+        roles=None if settings.role_settings is None else dict(settings.role_settings),
     )
     write = None if file is None else file.write
     return Journal(header, ring_records=settings.journal_records, write=write)

@@ -34,6 +34,8 @@ class NodeSettings(Record, frozen=True, kw_only=True):
     dispatcher: DispatcherConfig
     policy: str = "fcfs"
     policy_settings: Mapping[str, float | int | str | bool] = {}
+    role_settings: Mapping[str, float | int | str | bool] | None = None
+    """Of the controller of roles; None: there is none."""
     profile: str = ""
     threads: int = 1
     native: str = "auto"

@@ -70,7 +70,7 @@ class Recorded(Node):
 
 
 def fresh(header: JournalHeader) -> Dispatcher:
-    policy = make_policy(header.policy, header.settings)
+    policy = make_policy(header.policy, header.settings, roles=header.roles)
     return Dispatcher(header.config, workers=header.workers, policy=policy.dispatch)
 
 

@@ -60,7 +60,7 @@ cancels = st.lists(st.tuples(st.integers(1, 20), times), max_size=3)
 
 
 def fresh(header: JournalHeader) -> Dispatcher:
-    policy = make_policy(header.policy, header.settings)
+    policy = make_policy(header.policy, header.settings, roles=header.roles)
     return Dispatcher(header.config, workers=header.workers, policy=policy.dispatch)
 
 

@@ -144,7 +144,7 @@ def tried_to_the_end(journal: Path) -> tuple[int, list[int]]:
     """How many trials the node that wrote this journal began, and which requests completed their
     answers while they were on trial."""
     header, records = load(journal.read_bytes().splitlines())
-    policy = make_policy(header.policy, header.settings)
+    policy = make_policy(header.policy, header.settings, roles=header.roles)
     twin = Dispatcher(header.config, workers=header.workers, policy=policy.dispatch)
     trials, ended = 0, []
     for entry in records:

@@ -39,7 +39,7 @@ async def test_law12_the_journal_of_a_live_run_replays_with_equal_outputs(
     header, records = journal.load(path.read_bytes().splitlines())
 
     def fresh(head: journal.JournalHeader) -> Dispatcher:
-        slots = make_policy(head.policy, head.settings).dispatch
+        slots = make_policy(head.policy, head.settings, roles=head.roles).dispatch
         return Dispatcher(head.config, workers=head.workers, policy=slots)
 
     assert any(isinstance(record.input, WorkerDown) for record in records)

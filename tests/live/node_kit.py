@@ -148,7 +148,8 @@ async def running(
     node = Node(
         settings,
         make_text(settings),
-        policy=policy or make_policy(settings.policy, settings.policy_settings),
+        policy=policy
+        or make_policy(settings.policy, settings.policy_settings, roles=settings.role_settings),
         spawner=spawner or Spawner(PRELOAD[settings.engine]),
         stderr=stderr or lines.append,
         journal_file=journal_file,

@@ -274,7 +274,7 @@ async def test_law_12_the_journal_of_a_live_run_replays(tmp_path: Path) -> None:
         await node.wait_ready(2)
 
     def make(header: JournalHeader) -> Dispatcher:
-        policy = make_policy(header.policy, header.settings)
+        policy = make_policy(header.policy, header.settings, roles=header.roles)
         return Dispatcher(header.config, workers=header.workers, policy=policy.dispatch)
 
     header, records = load((tmp_path / "journal.jsonl").read_bytes().splitlines())
