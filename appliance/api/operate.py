@@ -3,6 +3,7 @@
     POST /admin/workers/{id}/role   {"role": "prefill" | "decode" | "mixed"}
     POST /admin/roles               {"0": "decode", "1": "prefill"}: all or none
     POST /admin/workers/{id}/park, POST /admin/workers/{id}/wake
+    POST /admin/workers/{id}/restart   a quarantined worker
     POST /admin/workers             {"device", "role", "parked"}, each optional
     GET  /admin/decisions?limit=N   newest first
 
@@ -22,6 +23,7 @@ from appliance.api.decode import BodyDecoder, read_body
 from appliance.api.errors import ApiError, error_of, shown
 from appliance.api.models import json_answer
 from appliance.core.asks import Answered, Decided, Outcome
+from appliance.core.lifecycle import WorkerState
 from appliance.core.types import ErrorKind, Role, WorkerId
 from appliance.live.node import Node
 
@@ -61,6 +63,7 @@ def set_up(app: web.Application) -> None:
             web.post("/admin/roles", handle_roles),
             web.post("/admin/workers/{worker}/park", handle_park),
             web.post("/admin/workers/{worker}/wake", handle_wake),
+            web.post("/admin/workers/{worker}/restart", handle_restart),
             web.post("/admin/workers", handle_add),
             web.get("/admin/decisions", handle_decisions),
         ]
@@ -96,6 +99,20 @@ async def handle_wake(request: web.Request) -> web.Response:
     """A parked worker back in service."""
     node = request.app[CONTEXT].node
     return _answered(await node.asks.wake(_worker(request, node)), node)
+
+
+async def handle_restart(request: web.Request) -> web.Response:
+    """The end of a quarantine: the worker is started again, and its deaths are forgotten."""
+    node = request.app[CONTEXT].node
+    worker = _worker(request, node)
+    state = node.dispatcher.view.workers[worker].state
+    if state is not WorkerState.QUARANTINED:
+        raise ApiError(
+            f"Worker {worker} is {state.value}, not quarantined; there is nothing to end.",
+            status=409,
+            code="not_quarantined",
+        )
+    return _answered(await node.asks.wake(worker), node)
 
 
 async def handle_add(request: web.Request) -> web.Response:

@@ -62,9 +62,9 @@ class Decided(Tagged, frozen=True, kw_only=True):
     """One decision about the node itself, for the audit. Said again with the same `decision` when
     its outcome is known. Also said for "no": kind "none".
 
-    `kind`: flip, none, park, wake, add, rebalance, fallback (a phase was served by a worker of
-    another role). `by`: operator, controller, mechanism. `prediction` and `cost` are in seconds,
-    by name."""
+    `kind`: flip, none, park, wake, restart, add, rebalance, fallback (a phase was served by a
+    worker of another role). `by`: operator, controller, mechanism. `prediction` and `cost` are in
+    seconds, by name."""
 
     decision: int
     at: float

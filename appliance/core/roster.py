@@ -93,7 +93,7 @@ class Roster:
         return "" if others else f"worker {worker} is the only one in service"
 
     def wake_asked(self, message: WakeAsked, now: float) -> None:
-        """Put a parked worker back into service."""
+        """Put a parked worker back into service, or start a quarantined one again."""
         slot = self._state.slots.get(message.worker)
         if slot is None:
             reason = f"there is no worker {message.worker}"
@@ -102,8 +102,7 @@ class Roster:
             reason = f"worker {slot.id} is being parked or started already"
             self._answer(message.ask, Outcome.REFUSED, reason=reason)
         elif slot.state is WorkerState.QUARANTINED:
-            reason = f"worker {slot.id} is quarantined: {slot.last_cause}"
-            self._answer(message.ask, Outcome.REFUSED, reason=reason)
+            self._restart(slot, message.ask, now)
         elif not slot.parked:
             self._answer(message.ask, Outcome.DONE)
         else:
@@ -117,6 +116,17 @@ class Roster:
             else:
                 self._wake(slot)
                 self._end(ask, now, outcome=Outcome.DONE)
+
+    def _restart(self, slot: WorkerSlot, ask: int, now: float) -> None:
+        """End a quarantine: the worker begins with a clean record."""
+        decided = self._audit.decide(
+            "restart", now, by="operator", workers=(slot.id,), trigger="asked"
+        )
+        slot.bad_epochs.clear()
+        slot.parked = False
+        slot.start_at = now
+        self._life.plan()
+        self._coming[slot.id] = Ask(ask, decided)
 
     def worker_asked(self, message: WorkerAsked, now: float) -> None:
         """One more worker."""

@@ -209,7 +209,9 @@ async def test_r1_an_end_in_mid_stream_is_an_error_that_the_official_client_rais
     assert (await reply.json())["error"]["code"] == "drain_timeout"
 
 
-async def test_no_worker_is_503_and_health_says_why(special_server, http):
+async def test_no_worker_is_503_and_health_says_why_until_an_operator_restarts_it(
+    special_server, http
+):
     server = special_server(num_workers=1, dispatcher={"quarantine_deaths": 1})
     os.kill(state_of(server)["workers"][0]["pid"], signal.SIGKILL)
     await until(lambda: state_of(server)["workers"][0]["state"] == "quarantined")
@@ -221,6 +223,16 @@ async def test_no_worker_is_503_and_health_says_why(special_server, http):
         async with http.get(server.url + path) as reply:
             assert reply.status == 503
             assert (await reply.json())["reason"]
+    restart = server.url + "/admin/workers/0/restart"
+    async with http.post(restart) as reply:
+        assert (reply.status, (await reply.json())["outcome"]) == (200, "done")
+    async with http.post(server.url + COMPLETIONS, json=body(4)) as reply:
+        assert reply.status == 200
+    async with http.post(restart) as reply:
+        assert reply.status == 409
+        error = (await reply.json())["error"]
+    assert error["code"] == "not_quarantined"
+    assert "is ready" in error["message"]
 
 
 async def test_r5_a_killed_worker_costs_a_stream_nothing(special_server, http):

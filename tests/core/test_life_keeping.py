@@ -2,6 +2,7 @@
 
 import pytest
 
+from appliance.core.asks import Answered, Outcome, WakeAsked
 from appliance.core.lifecycle import RequestState, WorkerState
 from appliance.core.messages import Heartbeat, Quarantine, Refused, StartWorker, Woke
 from appliance.core.types import ErrorKind, RequestId, WorkerId
@@ -91,6 +92,40 @@ def test_R6_three_kills_in_a_row_quarantine_the_worker_and_the_others_serve_on()
     assert node.where == {1: 1, 2: 1}
     node.step(1, [1, 2], finished=[1, 2])
     assert node.core.num_live == 0
+
+
+def test_R6_an_operator_ends_a_quarantine_and_the_worker_has_a_clean_record() -> None:
+    node = Node(2)
+    for again in range(2):
+        for _ in range(2):
+            node.down(0)
+            node.respawn(0)
+        assert quarantined(node.down(0)) == [0]
+        said = node.hear(WakeAsked(ask=again, worker=WorkerId(0)))
+        assert [out.worker for out in said if isinstance(out, StartWorker)] == [0]
+        node.up(0)
+        (answer,) = [out for out in node.said if isinstance(out, Answered) and out.ask == again]
+        assert answer.outcome is Outcome.DONE
+    assert node.core.view.workers[WorkerId(0)].state is WorkerState.READY
+
+
+def test_R6_a_restarted_worker_that_dies_on_is_quarantined_again_and_that_is_said() -> None:
+    node = Node(2)
+    for _ in range(2):
+        node.down(0)
+        node.respawn(0)
+    node.down(0)
+    node.hear(WakeAsked(ask=7, worker=WorkerId(0)))
+    said = []
+    for _ in range(3):
+        said = node.down(0, cause="exit code 3")
+        if not quarantined(said):
+            while StartWorker not in [type(output) for output in node.wake()]:
+                pass
+    (answer,) = [output for output in said if isinstance(output, Answered)]
+    assert answer.outcome is Outcome.ROLLED_BACK
+    assert "exit code 3" in answer.reason
+    assert node.core.next_wakeup() is None
 
 
 def test_R6_a_failed_start_counts_and_its_own_words_are_kept() -> None:
