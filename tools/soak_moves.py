@@ -24,7 +24,7 @@ PARK_SHARE = 0.02
 """Of an operator's changes that are park and wake."""
 SWAP_SHARE = 0.2
 """That change two workers as one."""
-NUM_OPERATORS = 3
+NUM_OPERATORS = 6
 NUM_LEAVERS = 8
 
 

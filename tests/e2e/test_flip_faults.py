@@ -136,7 +136,8 @@ def wanted(path: str, body: dict[str, str]) -> dict[str, str]:
 def plan(point: str, action: str) -> list[dict[str, Any]]:
     """The fault, and what it takes to come to that step."""
     worker = 0 if point in SOURCES else 1
-    nth = 3 if point.startswith("move.") and point != "move.resume" else 1
+    rare = point.endswith("_copy") or point in ("move.offered", "move.resume")
+    nth = 3 if point.startswith("move.") and not rare else 1
     found: list[dict[str, Any]] = []
     if point == "move.resume":
         found = [{"point": "move.after_copy", "action": "refuse", "nth": n} for n in (2, 4)]
