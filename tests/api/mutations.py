@@ -95,6 +95,21 @@ SEEDS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "/v1/embeddings": ({"model": "tiny", "input": "red"},),
 }
+ADMIN_SEEDS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    "/admin/workers/{worker}/role": (
+        ("/admin/workers/0/role", {"role": "decode"}),
+        ("/admin/workers/1/role", {"role": "mixed"}),
+    ),
+    "/admin/roles": (("/admin/roles", {"0": "prefill", "1": "decode"}),),
+    "/admin/workers/{worker}/park": (("/admin/workers/1/park", {}),),
+    "/admin/workers/{worker}/wake": (("/admin/workers/1/wake", {}),),
+    "/admin/workers/{worker}/restart": (("/admin/workers/0/restart", {}),),
+    "/admin/workers": (
+        ("/admin/workers", {"device": "paced:9", "role": "decode", "parked": True}),
+        ("/admin/workers", {}),
+    ),
+}
+"""By route: requests (path, body) that operate the node."""
 EXTREMES = st.sampled_from(
     [0, -1, 1, 2**31, 2**63, -(2**63), 2**64, 10**30, 1e308, -0.0, 1e-320, 0.5, True, False, None]
 )
@@ -182,4 +197,7 @@ REQUESTS = st.sampled_from(sorted(SEEDS)).flatmap(
     lambda path: st.sampled_from(SEEDS[path]).flatmap(
         lambda seed: st.tuples(st.just(path), spoilt(seed), HEADERS)
     )
+)
+OPERATIONS = st.sampled_from([each for seeds in ADMIN_SEEDS.values() for each in seeds]).flatmap(
+    lambda request: st.tuples(st.just(request[0]), spoilt(request[1]), HEADERS)
 )
