@@ -144,8 +144,9 @@ class Moves:
         self._over(report.move, "failed")
 
     def released(self, report: Released) -> None:
-        """A lease has ended."""
-        self.expired_leases += report.expired
+        """A lease has ended. One that ended after its move was over (so answers a `Resume` that
+        came too late) kept nobody waiting."""
+        self.expired_leases += report.expired and report.move in self.under_way
 
     def prefix_pulled(self, report: PrefixPulled) -> None:
         """A cached prefix was fetched, or not."""

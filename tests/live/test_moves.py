@@ -133,6 +133,7 @@ def test_every_end_is_counted_and_a_migration_is_known_in_either_order() -> None
     failed = PullFailed(worker=D, move=MoveId(6), request_id=R, source=P, reason="no room")
     moves.failed(failed)
     moves.begun(pull(MoveId(7)), 1.0)
+    moves.released(Released(worker=P, move=MoveId(7), request_id=R, expired=True))
     moves.resuming(Resume(worker=P, move=MoveId(7), request_id=R))
     moves.released(Released(worker=P, move=MOVE, request_id=R))
     moves.released(Released(worker=P, move=MOVE, request_id=R, expired=True))
