@@ -208,3 +208,41 @@ async def linked(server: Server, count: int) -> None:
     async with asyncio.timeout(20):
         while len(server.state()["links"]) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 40}, "n": {"type": "integer"}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+REMEMBERED: Sequence[Mapping[str, Any]] = (
+    {"guided_json": SCHEMA, "temperature": 1.0},
+    {"guided_regex": "([a-f]{3,9} ){12}end", "temperature": 1.0},
+    {"repetition_penalty": 1.3, "temperature": 0},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7, "temperature": 0.8},
+    {"stop": ["th", "the "], "temperature": 1.0, "ignore_eos": True},
+    {"min_tokens": 30, "temperature": 1.0},
+    {"logit_bias": {"40": 4, "90": 3}, "top_p": 0.9, "top_k": 40, "min_p": 0.01},
+    {"stop_token_ids": list(range(100, 140)), "include_stop_str_in_output": True},
+)
+"""Options that look at the tokens before, or at where in a grammar an answer is."""
+
+
+def demanding_work(count: int) -> list[dict[str, Any]]:
+    """Requests whose next token depends on more than KV: what was emitted must have moved, too."""
+    rng = random.Random(5)
+    found = []
+    for index in range(count):
+        options = REMEMBERED[index % len(REMEMBERED)]
+        body: dict[str, Any] = {
+            "model": MODEL,
+            "prompt": [rng.randrange(8, 1000) for _ in range(rng.choice((5, 60, 200)))],
+            "max_tokens": rng.choice((40, 90)),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "logprobs": 1,
+            "seed": index,
+        }
+        found.append(body | dict(options))
+    return found

@@ -19,6 +19,7 @@ from tests.e2e.moves_kit import (
     answers,
     check_same,
     computed,
+    demanding_work,
     linked,
     moved,
     post,
@@ -49,17 +50,29 @@ def bodies(size: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def expected(bodies: Sequence[Any], tmp_path_factory: Any) -> list[Answer]:
-    """What one mixed worker answers."""
+def demanding(size: int) -> list[dict[str, Any]]:
+    """Work whose next token depends on more than KV."""
+    return demanding_work(16 if size < 100 else 120)
+
+
+@pytest.fixture(scope="module")
+def reference(bodies: Any, demanding: Any, tmp_path_factory: Any) -> list[list[Answer]]:
+    """What one mixed worker answers to both."""
     log = tmp_path_factory.mktemp("reference") / "server.log"
     server = Server(log, ["--devices", "cpu:1", *FIXED], {})
     try:
         server.wait_ready(1)
-        found = asyncio.run(answers(server, bodies))
+        found = [asyncio.run(answers(server, each)) for each in (bodies, demanding)]
     finally:
         server.stop()
-    assert len({tuple(answer[1]) for answer in found}) > len(found) // 2, "they say little"
+    assert len({tuple(answer[1]) for answer in found[0]}) > len(bodies) // 2, "they say little"
     return found
+
+
+@pytest.fixture(scope="module")
+def expected(reference: list[list[Answer]]) -> list[Answer]:
+    """The answers to `bodies`."""
+    return reference[0]
 
 
 async def fleet(serve: Serve, devices: str, *args: str, rules: Sequence[Any] = ()) -> Server:
@@ -161,6 +174,28 @@ async def test_R12_R25_migration_in_mid_decode(serve: Serve, bodies: Any, expect
     assert sum(migrated) > 0
     assert done["migration done"] > 0
     assert done["migration done"] + done["hand-off done"] >= sum(migrated), "some had no token yet"
+
+
+@pytest.mark.parametrize("depth", [2, *[pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)]])
+async def test_R12_what_a_sampler_remembers_moves_too(
+    serve: Serve, demanding: Any, reference: Any, depth: int
+) -> None:
+    """Penalties, grammars, stop strings and smallest lengths, with steps planned ahead."""
+    server = await fleet(serve, "cpu:2", *ONE_EACH, "--set", f"batch.depth={depth}")
+    turns = max(4, len(demanding) // 10)
+
+    async def swap(progress: Progress) -> None:
+        for number in range(turns):
+            if not await progress.until(number / (turns + 1)):
+                return
+            swapped = {"0": "decode", "1": "prefill"} if number % 2 == 0 else {"0": "mixed"}
+            assert (await post(server, "roles", swapped))["outcome"] == "done"
+            await asyncio.sleep(0.1)
+
+    check_same(await answers(server, demanding, meanwhile=swap), reference[1])
+    await settle(server)
+    done = moved(server)
+    assert done["hand-off done"] + done["migration done"] > len(demanding) // 4
 
 
 KILLS = {
