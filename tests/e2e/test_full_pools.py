@@ -58,7 +58,7 @@ CASES = [
     ("paced:4@fixed-2ms", "prefill,decode,decode,decode", 32),
     pytest.param("cpu:2", "prefill,decode", 80, marks=pytest.mark.slow),
     pytest.param("cpu:4", "prefill,prefill,decode,decode", 120, marks=pytest.mark.slow),
-    pytest.param("paced:2@fixed-2ms", "prefill,decode", 200, marks=pytest.mark.slow),
+    pytest.param("paced:2@fixed-2ms", "prefill,decode", 60, marks=pytest.mark.slow),
 ]
 
 
