@@ -21,6 +21,9 @@ from appliance.core.messages import PrefixPulled, StepReported
 from appliance.core.types import WorkerId
 from appliance.core.view import WorkerView
 
+SLOWLY = 0.2
+"""Weight of an observation that makes copies look dear, beside one that makes them look cheap."""
+
 
 class CostModel:
     """Seconds of prefill, of decode and of a backlog. State: the means above; `observe` alone
@@ -59,10 +62,12 @@ class CostModel:
             self._answer += weight * (end.emitted_tokens - self._answer)
 
     def observe_copy(self, report: PrefixPulled, bytes_per_second: float) -> None:
-        """Learn from one copy of cached blocks over a link of that speed."""
+        """Learn from one copy of cached blocks over a link of that speed: slowly from slow ones,
+        since a burst of them would end all copying, and with it all learning."""
         if report.num_bytes:
             beside = max(0.0, report.seconds - report.num_bytes / bytes_per_second)
-            self._copy_overhead += self._memory * (beside - self._copy_overhead)
+            weight = self._memory if beside < self._copy_overhead else SLOWLY * self._memory
+            self._copy_overhead += weight * (beside - self._copy_overhead)
 
     def copy_seconds(self, num_bytes: int, bytes_per_second: float) -> float:
         """Copying cached blocks from a peer."""

@@ -4,7 +4,7 @@ import pytest
 
 from appliance.core.cost import CostModel
 from appliance.core.lifecycle import WorkerState
-from appliance.core.messages import SeqFinished, StepReported
+from appliance.core.messages import PrefixPulled, SeqFinished, StepReported
 from appliance.core.types import FinishReason, RequestId, Role, WorkerId
 from appliance.core.view import WorkerView
 from tests.core.node_kit import load
@@ -86,3 +86,28 @@ def test_a_slow_prefill_step_never_gives_a_negative_cost() -> None:
 
 def test_equal_reports_give_equal_answers() -> None:
     assert learnt().work_seconds(worker(), 9) == learnt().work_seconds(worker(), 9)
+
+
+def test_a_burst_of_slow_copies_does_not_end_copying() -> None:
+    model = CostModel(copy_overhead_seconds=1e-3)
+    before = model.copy_seconds(0, 1e9)
+    for _ in range(12):
+        model.observe_copy(pulled(seconds=0.01), 1e9)
+    burst = model.copy_seconds(0, 1e9)
+    assert before < burst < 0.004
+    for _ in range(12):
+        model.observe_copy(pulled(seconds=0.001), 1e9)
+    assert model.copy_seconds(0, 1e9) < 0.5 * (before + burst)
+
+
+def pulled(*, seconds: float) -> PrefixPulled:
+    return PrefixPulled(
+        worker=WorkerId(0),
+        request_id=RequestId(1),
+        source=WorkerId(1),
+        wanted=1,
+        num_blocks=1,
+        num_bytes=1,
+        seconds=seconds,
+        path="test",
+    )
