@@ -145,7 +145,7 @@ class Server:
 
     async def state(self) -> dict[str, Any]:
         """The document of /admin/state, over a connection of its own."""
-        timeout = aiohttp.ClientTimeout(total=10)
+        timeout = aiohttp.ClientTimeout(total=SETTLE_SECONDS)
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
             session.get(self.url + "/admin/state") as answer,
@@ -392,7 +392,8 @@ def progress(soak: Soak) -> Text:
         f"{soak.seconds:6.0f} s  round {soak.rounds}  ended {counts['requests accepted and ended']}"
         f"  open {accounts.open}  429 {counts['status 429']}  abandoned {counts['abandoned']}"
         f"  hits {hits}  flips {counts['flips done']}  compared {counts['answers compared']}"
-        f"  server {memory:.1f} MiB  violations {accounts.num_violations}",
+        f"  server {memory:.1f} MiB  violations {accounts.num_violations}"
+        f"{''.join(f' {each.kind}: {each.detail}' for each in accounts.violations[-1:])}",
         style="red" if accounts.num_violations else "green",
     )
 
