@@ -15,12 +15,13 @@ ends to the moment when the engine gets the first step that computes the sequenc
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import random
 import select
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,10 @@ class Pool:
         self.fd = os.memfd_create("pool")
         size = pool_bytes(num_blocks=num_blocks, block_bytes=block_bytes)
         os.ftruncate(self.fd, size)
-        self.bytes: Bytes = np.memmap(f"/proc/self/fd/{self.fd}", np.uint8, "r+", shape=(size,))
-        self.bytes[: self.up.index_offset] = 1
+        self.memory = memoryview(mmap.mmap(self.fd, size))
+        whole: Bytes = np.frombuffer(self.memory, np.uint8)
+        whole[: self.up.index_offset] = 1
+        self.address = whole.ctypes.data
         index = map_own_index(self.fd, num_blocks=num_blocks, offset=self.up.index_offset)
         OwnIndex(index, num_blocks=num_blocks, block_bytes=block_bytes, epoch=1)
 
@@ -70,22 +73,13 @@ def spread_blocks(rng: random.Random, num_blocks: int, count: int) -> tuple[int,
     return tuple(2 * place for place in rng.sample(range(num_blocks // 2), count))
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """How long it takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def measure_rate(block_bytes: int, *, num_bytes: int, repeats: int) -> dict[str, object]:
     """Copies of `num_bytes` in blocks of this size, beside one plain copy each."""
     count = num_bytes // block_bytes
     num_blocks = 2 * count
     theirs = Pool(num_blocks=num_blocks, block_bytes=block_bytes)
     ours = Pool(num_blocks=num_blocks, block_bytes=block_bytes)
-    transfer = SharedMemoryTransfer(
-        memoryview(ours.bytes), num_blocks=num_blocks, block_bytes=block_bytes
-    )
+    transfer = SharedMemoryTransfer(ours.memory, num_blocks=num_blocks, block_bytes=block_bytes)
     pool = transfer.open(theirs.up, theirs.fd)
     pool.probe()
     faults = FaultPoints(FaultPlan((), worker=PEER, epoch=1))
@@ -93,7 +87,7 @@ def measure_rate(block_bytes: int, *, num_bytes: int, repeats: int) -> dict[str,
     rng = random.Random(block_bytes)
     whole = count * block_bytes
 
-    def blocks() -> None:
+    def blocks() -> float:
         job = CopyJob(
             move=MoveId(1),
             peer=PEER,
@@ -101,22 +95,20 @@ def measure_rate(block_bytes: int, *, num_bytes: int, repeats: int) -> dict[str,
             targets=spread_blocks(rng, num_blocks, count),
             generations=(0,) * count,
         )
-        nonlocal began
         began = time.perf_counter()
         mover.copy(job, pool)
         select.select([mover.fileno()], [], [])
         (done,) = mover.drain()
+        seconds = time.perf_counter() - began
         if not isinstance(done, CopyDone) or done.failed:
             raise RuntimeError(f"the copy failed: {done}")
+        return seconds
 
-    began = 0.0
-    shares, rates, plain_rates = [], list[float](), list[float]()
+    shares, rates, plain_rates = list[float](), list[float](), list[float]()
     for turn in range(repeats + 1):
-        blocks()
-        seconds = time.perf_counter() - began
-        plain = seconds_of(
-            lambda: ctypes.memmove(ours.bytes.ctypes.data, theirs.bytes.ctypes.data, whole)
-        )
+        seconds, began = blocks(), time.perf_counter()
+        ctypes.memmove(ours.address, theirs.address, whole)
+        plain = time.perf_counter() - began
         if turn:  # the first one warms
             shares.append(plain / seconds)
             rates.append(whole / seconds / 1e9)

@@ -90,13 +90,17 @@ class _Side:
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.times: Times | None = None
         self.error: Exception | None = None
+        self.up = threading.Event()
 
     def _serve(self) -> None:
         try:
-            self._loop().run()
+            loop = self._loop()
+            self.up.set()
+            loop.run()
         except Exception as error:
             self.error = error
             self.theirs.close()
+            self.up.set()
 
     def _loop(self) -> StepLoop:
         start = self.start
@@ -177,6 +181,8 @@ class Pair:
         self._time_copies()
         for side in self._sides:
             side.thread.start()
+        for side in self._sides:  # a pool has its index when its worker is up
+            side.up.wait(30)
         self._introduce(num_blocks)
 
     def _time_copies(self) -> None:
@@ -189,7 +195,7 @@ class Pair:
             times.first_step = 0.0
             times.landed = time.perf_counter()
 
-        SharedPool.copy = timed  # type: ignore[method-assign]
+        SharedPool.copy = timed  # type: ignore[method-assign,assignment]
 
     def _introduce(self, num_blocks: int) -> None:
         one, two = socket.socketpair()

@@ -182,7 +182,8 @@ class Moves:
 
     def _hear_peer(self, peer: WorkerId, message: PeerMessage, payload: bytes) -> None:
         hashes: tuple[BlockHash, ...] = ()
-        if isinstance(message, Offered) and (arrival := self._arrivals.get(message.move)):
+        arrival = self._arrivals.get(message.move) if isinstance(message, Offered) else None
+        if isinstance(message, Offered) and arrival is not None and arrival.source == peer:
             if arrival.pool is None and self._ties is not None:
                 arrival.pool = self._ties.links.pool(peer)
             if message.final and not arrival.is_known:
