@@ -1,10 +1,11 @@
 """Write random Llama checkpoints with a tokenizer of their own, for measurements.
 
 The weights are drawn from a seed, so every machine gets the same files and nothing is downloaded.
-Two shapes: `rand5m` (256 x 6, vocabulary 4096, tied embeddings) and `rand100m` (768 x 12,
-vocabulary 8192). The row of the end token is zero in the output projection: its logit is 0 at every
-position, never the largest of thousands, so greedy answers have the length that was asked for even
-where a server knows no `ignore_eos`.
+Three shapes: `rand5m` (256 x 6, vocabulary 4096, tied embeddings), `rand100m` (768 x 12, vocabulary
+8192) and, for what depends on size, `rand140m` (1024 x 11, vocabulary 8192; 563 MB in float32). The
+row of the end token is zero in the output projection: its logit is 0 at every position, never the
+largest of thousands, so greedy answers have the length that was asked for even where a server knows
+no `ignore_eos`.
 
 Beside the Hugging Face files, one GGUF file per wanted precision, written by `tools.gguf_file`.
 
@@ -72,7 +73,19 @@ SHAPES: Mapping[str, Shape] = {
         intermediate_size=2304,
         tied=False,
     ),
+    "rand140m": Shape(
+        vocab_size=8192,
+        hidden_size=1024,
+        num_layers=11,
+        num_heads=16,
+        num_kv_heads=4,
+        intermediate_size=2816,
+        tied=False,
+    ),
 }
+
+USUAL = ["rand5m", "rand100m"]
+"""Written unless others are asked for."""
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
@@ -199,7 +212,7 @@ def main() -> None:
     """Write what was asked for and say where it is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="a folder per shape is made in this one")
-    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=USUAL)
     parser.add_argument("--gguf", nargs="*", choices=list(PRECISIONS), default=[])
     options = parser.parse_args()
     for name in options.shape:

@@ -3,8 +3,9 @@ it.
 
 Head of the buffer: magic, version, a state word, the length of a JSON manifest, the manifest
 (fingerprint of the source files, dtype, name, offset and shape of every tensor, digest of the
-checksums). Then the tensors, then their checksums (`appliance.core.model_shape.SlabLayout`). The
-state word is written last, so a slab whose loader died half-way is never taken for complete.
+checksums if there are any). Then the tensors, then their checksums (`SlabLayout` in
+`appliance.core.model_shape`). The state word is written last, so a slab whose loader died half-way
+is never taken for complete.
 """
 
 import json
@@ -33,6 +34,7 @@ from appliance.modeling.parallel import Progress, nothing
 from appliance.modeling.safetensors_file import SafetensorsFile, open_checkpoint
 from appliance.modeling.slab_reading import TORCH_DTYPES, locate, read_parts
 from appliance.modeling.slab_sums import digest_of_sums
+from appliance.modeling.slab_target import SlabTarget
 
 MAGIC = b"APPLSLAB"
 VERSION = 2
@@ -48,18 +50,22 @@ Buffer = memoryview
 
 def load_into_slab(
     model_dir: Path,
-    buffer: Buffer,
+    buffer: Buffer | SlabTarget,
     *,
     shape: ModelShape,
     dtype: DType,
     fingerprint: str = "",
     threads: int = 1,
     progress: Progress = nothing,
+    with_sums: bool = False,
 ) -> None:
-    """Read the checkpoint straight into the writable `buffer` with that many threads, converting to
-    `dtype`, and mark it complete. Raises `WeightError` naming the tensor that is missing,
-    unexpected or of another shape, the file that is cut short, or that the files are not (any more)
-    those of `fingerprint`."""
+    """Read the checkpoint into the writable `buffer` with that many threads, converting to `dtype`,
+    and mark it complete; `with_sums`: others shall copy from it and be able to check what they got.
+
+    Raises `WeightError` naming the tensor that is missing, unexpected or of another shape, the file
+    that is cut short, or that the files are not (any more) those of `fingerprint`."""
+    target = buffer if isinstance(buffer, SlabTarget) else SlabTarget(view=buffer)
+    buffer = target.view
     _check_size(buffer, shape, dtype)
     found = fingerprint_of(model_dir)
     if fingerprint and found != fingerprint:
@@ -71,12 +77,20 @@ def load_into_slab(
     _check_names(shape, files)
     begin_filling(buffer)
     parts = locate(files, shape, dtype)
-    read_parts(buffer, parts, shape=shape, dtype=dtype, threads=threads, progress=progress)
+    read_parts(
+        target,
+        parts,
+        shape=shape,
+        dtype=dtype,
+        threads=threads,
+        progress=progress,
+        with_sums=with_sums,
+    )
     if fingerprint_of(model_dir) != found:
         raise WeightError(f"the files in {model_dir} changed while they were read; load them again")
-    manifest = _describe(shape, dtype) | {
+    manifest = describe(shape, dtype) | {
         "fingerprint": found,
-        "sums": digest_of_sums(buffer, slab_layout(shape, dtype)),
+        "sums": digest_of_sums(buffer, slab_layout(shape, dtype)) if with_sums else "",
     }
     complete(buffer, json.dumps(manifest).encode(), shape=shape)
 
@@ -116,7 +130,7 @@ def check_manifest(
     _check_size(buffer, shape, dtype)
     raw = _raw_manifest(buffer)
     manifest = _parse(raw)
-    expected = _describe(shape, dtype)
+    expected = describe(shape, dtype)
     if {key: manifest.get(key) for key in expected} != expected:
         raise WeightError("the weight slab holds another model or dtype; start the node anew")
     if fingerprint is not None and manifest.get("fingerprint") != fingerprint:
@@ -168,7 +182,7 @@ def _parse(manifest: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _describe(shape: ModelShape, dtype: DType) -> dict[str, Any]:
+def describe(shape: ModelShape, dtype: DType) -> dict[str, Any]:
     """What a manifest says of the tensors, as JSON gives it back."""
     offsets = slab_offsets(shape, dtype)
     tensors = [

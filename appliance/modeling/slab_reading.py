@@ -1,13 +1,15 @@
-"""Reading a checkpoint into a slab: positioned reads straight to where the bytes belong.
+"""Reading a checkpoint into a slab: positioned reads of short runs, in the order of the files.
 
-The slab is cut into pieces of whole checksum chunks; each piece is one unit of work for one thread:
-read the parts of it from the files, convert them if the dtypes differ, compute the checksums while
-the bytes are still in the cache. A file is read and not mapped, because a mapped file that is cut
-short meanwhile kills the reader, while a short read is an error that can be named.
+A disk and the kernel's read-ahead like the order of the file, which is not that of the slab. So the
+parts of the slab are sorted by where they lie in the files and cut into runs of `RUN_BYTES`; each
+run is read into a buffer that fits the processor's cache, converted there if the dtypes differ, and
+written to its place. A file is read and not mapped, because a mapped file that is cut short
+meanwhile kills the reader, while a short read is an error that can be named.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +31,11 @@ from appliance.modeling.families import SOURCES
 from appliance.modeling.parallel import Progress, run_pieces
 from appliance.modeling.safetensors_file import DTYPES, SafetensorsFile
 from appliance.modeling.slab_sums import store_sums
+from appliance.modeling.slab_target import SlabTarget
 
-PIECE_CHUNKS = 8
+RUN_BYTES = 1 << 20
+BATCH_RUNS = 8
+"""Runs that a thread takes at a time; they lie behind one another in a file."""
 TORCH_DTYPES: Mapping[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,28 +52,22 @@ class Part:
     """In the slab, bytes."""
     num_elements: int
 
-    def cut(self, begin: int, end: int, *, itemsize: int) -> "Part":
-        """Elements `begin .. end` of this part; `itemsize` is that of the slab."""
-        return Part(
-            path=self.path,
-            offset=self.offset + begin * self.dtype.itemsize,
-            dtype=self.dtype,
-            target=self.target + begin * itemsize,
-            num_elements=end - begin,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one thread does at a time: these chunks, made of these parts."""
-
-    chunks: range
-    parts: tuple[Part, ...]
+    def runs(self, *, itemsize: int) -> Iterator["Part"]:
+        """This part in runs of at most `RUN_BYTES`; `itemsize` is that of the slab."""
+        step = RUN_BYTES // max(itemsize, self.dtype.itemsize)
+        for begin in range(0, self.num_elements, step):
+            yield Part(
+                path=self.path,
+                offset=self.offset + begin * self.dtype.itemsize,
+                dtype=self.dtype,
+                target=self.target + begin * itemsize,
+                num_elements=min(step, self.num_elements - begin),
+            )
 
 
 def locate(files: Mapping[str, SafetensorsFile], shape: ModelShape, dtype: DType) -> list[Part]:
-    """Where every byte of the slab comes from, in slab order. Raises `WeightError` naming the
-    tensor that has another shape or a dtype that is not built."""
+    """Where every byte of the slab comes from, in the order of the files. Raises `WeightError`
+    naming the tensor that has another shape or a dtype that is not built."""
     offsets = slab_offsets(shape, dtype)
     rows = {
         spec.name: spec.num_elements // spec.shape[0] * DTYPE_BYTES[dtype]
@@ -97,90 +96,107 @@ def locate(files: Mapping[str, SafetensorsFile], shape: ModelShape, dtype: DType
                 num_elements=entry.num_elements,
             )
         )
-    return sorted(parts, key=lambda part: part.target)
+    return sorted(parts, key=lambda part: (part.path, part.offset))
 
 
 def read_parts(
-    view: memoryview,
+    target: SlabTarget,
     parts: Sequence[Part],
     *,
     shape: ModelShape,
     dtype: DType,
     threads: int,
     progress: Progress,
+    with_sums: bool,
 ) -> None:
-    """Read all `parts` (of `locate`) into the slab `view` and store their checksums. Raises
+    """Read all `parts` (of `locate`) into the slab, and store its checksums if wanted. Raises
     `WeightError` for a file that ends early, `OSError` for one that cannot be read."""
-    layout = slab_layout(shape, dtype)
+    itemsize = DTYPE_BYTES[dtype]
+    runs = [run for part in parts for run in part.runs(itemsize=itemsize)]
+    batches = [runs[at : at + BATCH_RUNS] for at in range(0, len(runs), BATCH_RUNS)]
+    sums = _Sums(target, slab_layout(shape, dtype), runs, itemsize=itemsize) if with_sums else None
     with ExitStack() as stack:
-        reader = _Reader(view, dtype=dtype, layout=layout)
+        reader = _Reader(target, TORCH_DTYPES[dtype], sums)
         for path in {part.path for part in parts}:
             reader.files[path] = stack.enter_context(path.open("rb", buffering=0)).fileno()
         run_pieces(
-            list(_pieces(parts, layout, itemsize=DTYPE_BYTES[dtype])),
+            batches,
             reader.read,
-            num_bytes=layout.sums - layout.header,
+            num_bytes=sum(run.num_elements for run in runs) * itemsize,
             threads=threads,
             progress=progress,
         )
 
 
-def _pieces(parts: Sequence[Part], layout: SlabLayout, *, itemsize: int) -> Iterator[Piece]:
-    """The slab from front to back. Parts do not overlap, so one pass over them is enough."""
-    step, first = PIECE_CHUNKS * SUM_CHUNK_BYTES, 0
-    for begin in range(layout.header, layout.sums, step):
-        end = begin + step
-        inside = []
-        for index in range(first, len(parts)):
-            part = parts[index]
-            low = max(0, (begin - part.target) // itemsize)
-            high = min(part.num_elements, (end - part.target) // itemsize)
-            if part.target >= end:
-                break
-            if high == part.num_elements:
-                first = index + 1
-            if low < high:
-                inside.append(part.cut(low, high, itemsize=itemsize))
-        chunk = (begin - layout.header) // SUM_CHUNK_BYTES
-        yield Piece(
-            chunks=range(chunk, min(chunk + PIECE_CHUNKS, layout.num_chunks)), parts=tuple(inside)
-        )
+class _Sums:
+    """Which chunks are complete: a chunk's checksum is computed by whoever writes its last run."""
+
+    def __init__(
+        self, target: SlabTarget, layout: SlabLayout, runs: Iterable[Part], *, itemsize: int
+    ) -> None:
+        self._target = target
+        self._layout = layout
+        self._itemsize = itemsize
+        self._lock = threading.Lock()
+        self._missing = [0] * layout.num_chunks
+        """Runs that have yet to come, by chunk."""
+        for run in runs:
+            for chunk in self._chunks(run):
+                self._missing[chunk] += 1
+
+    def wrote(self, run: Part) -> None:
+        """A run is in its place."""
+        whole = []
+        with self._lock:
+            for chunk in self._chunks(run):
+                self._missing[chunk] -= 1
+                if self._missing[chunk] == 0:
+                    whole.append(chunk)
+        store_sums(self._target.view, self._layout, whole)
+
+    def _chunks(self, run: Part) -> range:
+        begin = run.target - self._layout.header
+        last = begin + run.num_elements * self._itemsize - 1
+        return range(begin // SUM_CHUNK_BYTES, last // SUM_CHUNK_BYTES + 1)
 
 
 class _Reader:
-    """Reads pieces into the slab; shared by the threads."""
+    """Reads runs into the slab; shared by the threads."""
 
-    def __init__(self, view: memoryview, *, dtype: DType, layout: SlabLayout) -> None:
+    def __init__(self, target: SlabTarget, dtype: torch.dtype, sums: _Sums | None) -> None:
         self.files: dict[Path, int] = {}
         """Open descriptors."""
-        self._view = view
-        self._dtype = TORCH_DTYPES[dtype]
-        self._layout = layout
+        self._target = target
+        self._dtype = dtype
+        self._sums = sums
 
-    def read(self, piece: Piece) -> int:
-        """Read one piece; the bytes of the slab that it fills."""
-        for part in piece.parts:
-            begin, size = part.target, part.num_elements * self._dtype.itemsize
-            target = self._view[begin : begin + size]
-            if part.dtype == self._dtype:
-                self._fill(target, part)
-                continue
-            raw = memoryview(bytearray(part.num_elements * part.dtype.itemsize))
-            self._fill(raw, part)
-            torch.frombuffer(target, dtype=self._dtype).copy_(
-                torch.frombuffer(raw, dtype=part.dtype)
-            )
-        store_sums(self._view, self._layout, piece.chunks)
-        chunks = [self._layout.chunk(index) for index in piece.chunks]
-        return sum(int(chunk.stop - chunk.start) for chunk in chunks)
-
-    def _fill(self, target: memoryview, part: Part) -> None:
+    def read(self, runs: Sequence[Part]) -> int:
+        """Read some runs; the bytes of the slab that they fill."""
+        raw, converted = bytearray(RUN_BYTES), bytearray(RUN_BYTES)
         done = 0
-        while done < len(target):
-            count = os.preadv(self.files[part.path], [target[done:]], part.offset + done)
+        for run in runs:
+            data = memoryview(raw)[: run.num_elements * run.dtype.itemsize]
+            self._fill(data, run)
+            if run.dtype != self._dtype:
+                data = self._convert(data, run, into=memoryview(converted))
+            self._target.write(run.target, data)
+            if self._sums is not None:
+                self._sums.wrote(run)
+            done += len(data)
+        return done
+
+    def _convert(self, data: memoryview, run: Part, *, into: memoryview) -> memoryview:
+        made = into[: run.num_elements * self._dtype.itemsize]
+        torch.frombuffer(made, dtype=self._dtype).copy_(torch.frombuffer(data, dtype=run.dtype))
+        return made
+
+    def _fill(self, data: memoryview, run: Part) -> None:
+        done = 0
+        while done < len(data):
+            count = os.preadv(self.files[run.path], [data[done:]], run.offset + done)
             if count == 0:
                 raise WeightError(
-                    f"{part.path.name}: ends at byte {part.offset + done} while it is being read; "
+                    f"{run.path.name}: ends at byte {run.offset + done} while it is being read; "
                     "it was cut short, fetch it again"
                 )
             done += count

@@ -25,6 +25,7 @@ from appliance.core.start import WeightPlan
 from appliance.modeling.errors import WeightError
 from appliance.modeling.parallel import Progress
 from appliance.modeling.slab import attach, fingerprint_of, is_complete, read_manifest
+from appliance.modeling.slab_target import SlabTarget
 from appliance.worker.weight_sources import (
     DiskSource,
     Received,
@@ -146,11 +147,12 @@ def _receiver(fd: int, request: WeightRequest) -> Receiver:
         _checked(fd, num_bytes), num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
     )
     return Receiver(
-        view=memoryview(writable),
+        target=SlabTarget(view=memoryview(writable), fd=fd),
         shape=request.shape,
         dtype=request.dtype,
         fingerprint=request.plan.fingerprint,
         threads=request.plan.threads,
+        with_sums=request.plan.own,
         full_check=request.plan.full_check,
         seed=request.seed,
         reach=request.reach,

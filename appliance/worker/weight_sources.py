@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from appliance.core.model_shape import (
     SUM_CHUNK_BYTES,
     DType,
@@ -37,6 +35,7 @@ from appliance.modeling.slab import (
     load_into_slab,
 )
 from appliance.modeling.slab_sums import bad_chunk, digest_of_sums, sample_of
+from appliance.modeling.slab_target import SlabTarget
 
 COPY_BYTES = 8 * SUM_CHUNK_BYTES
 
@@ -49,13 +48,14 @@ def no_fault(_: str) -> None:
 class Receiver:
     """Whose weights are missing: a writable slab and what belongs into it."""
 
-    view: memoryview
-    """All of the slab."""
+    target: SlabTarget
     shape: ModelShape
     dtype: DType
     fingerprint: str = ""
     """Of the checkpoint's files; empty: anything fits."""
     threads: int = 1
+    with_sums: bool = True
+    """Whoever reads from disk also makes the checksums that others need to copy from it."""
     full_check: bool = False
     seed: int = 0
     """Draws the sample of checksums; another one for every receiver."""
@@ -63,6 +63,11 @@ class Receiver:
     """Told of the named places at which a fault may be injected."""
     progress: Callable[[str], Progress] = field(default=lambda _: nothing)
     """Given the name of a source: who is told how far it is."""
+
+    @property
+    def view(self) -> memoryview:
+        """All of the slab."""
+        return self.target.view
 
     @property
     def layout(self) -> SlabLayout:
@@ -106,9 +111,10 @@ class SlabSource:
     copy: a slab that is not the same any more has not been copied."""
 
     def __init__(self, name: str, fd: int) -> None:
-        """`fd` stays the caller's and must be open until `fill` is done."""
+        """`fd` stays the caller's and must be open until it was filled from."""
         self._name = name
         self._fd = fd
+        self._mapped: memoryview | None = None
 
     @property
     def name(self) -> str:
@@ -117,18 +123,18 @@ class SlabSource:
 
     def check(self, receiver: Receiver) -> None:
         """See `WeightSource`."""
-        self._manifest(self._map(receiver), receiver)
+        if not json.loads(self._manifest(self._map(receiver), receiver)).get("sums"):
+            raise WeightError("it was filled without checksums")
 
     def fill(self, receiver: Receiver) -> str:
         """See `WeightSource`."""
         source, layout = self._map(receiver), receiver.layout
         manifest = self._manifest(source, receiver)
         begin_filling(receiver.view)
-        theirs, ours = np.frombuffer(source, np.uint8), np.frombuffer(receiver.view, np.uint8)
 
         def copy(begin: int) -> int:
             end = min(begin + COPY_BYTES, layout.total)
-            np.copyto(ours[begin:end], theirs[begin:end])  # releases the interpreter lock
+            receiver.target.write(begin, source[begin:end])
             receiver.reach("worker.weights.copy")
             return end - begin
 
@@ -146,10 +152,13 @@ class SlabSource:
         return checked
 
     def _map(self, receiver: Receiver) -> memoryview:
-        size, needed = os.fstat(self._fd).st_size, receiver.layout.total
-        if size < needed:
-            raise WeightError(f"it has {size} bytes, the model needs {needed}")
-        return memoryview(mmap.mmap(self._fd, needed, mmap.MAP_SHARED, mmap.PROT_READ))
+        if self._mapped is None:
+            size, needed = os.fstat(self._fd).st_size, receiver.layout.total
+            if size < needed:
+                raise WeightError(f"it has {size} bytes, the model needs {needed}")
+            mapped = mmap.mmap(self._fd, needed, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._mapped = memoryview(mapped)
+        return self._mapped
 
     def _manifest(self, view: memoryview, receiver: Receiver) -> bytes:
         return check_manifest(
@@ -175,10 +184,11 @@ class DiskSource:
         """See `WeightSource`."""
         load_into_slab(
             self._model_dir,
-            receiver.view,
+            receiver.target,
             shape=receiver.shape,
             dtype=receiver.dtype,
             fingerprint=receiver.fingerprint,
+            with_sums=receiver.with_sums,
             threads=receiver.threads,
             progress=receiver.progress(self.name),
         )

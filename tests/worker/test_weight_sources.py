@@ -18,6 +18,7 @@ from appliance.modeling.safetensors_file import open_checkpoint
 from appliance.modeling.slab import STATE_FILLING, attach, fingerprint_of, is_complete
 from appliance.modeling.slab_reading import locate, read_parts
 from appliance.modeling.slab_sums import SAMPLE_CHUNKS, bad_chunk, sample_of, store_sums
+from appliance.modeling.slab_target import SlabTarget
 from appliance.worker.torch_engine import read_shape
 from appliance.worker.weight_slab import MappedWeights, WeightRequest, open_weights
 from appliance.worker.weight_sources import DiskSource, Receiver, SlabSource, receive
@@ -42,10 +43,11 @@ class Shelf:
         """What is in a slab, writable."""
         return memoryview(mmap.mmap(fd, 0))
 
-    def receiver(self, fd: int, **more: object) -> Receiver:
+    def receiver(self, fd: int, *, through_fd: bool = True, **more: object) -> Receiver:
         """Somebody who wants the weights in that slab."""
         settings = {"fingerprint": fingerprint_of(self.directory), "threads": 2, **more}
-        return Receiver(view=self.view(fd), shape=self.shape, dtype="float32", **settings)
+        target = SlabTarget(view=self.view(fd), fd=fd if through_fd else None)
+        return Receiver(target=target, shape=self.shape, dtype="float32", **settings)
 
     def filled(self) -> int:
         """A slab filled from disk."""
@@ -98,11 +100,23 @@ def test_r6_who_has_received_is_a_source(shelf: Shelf) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_threads_do_not_change_what_is_read_or_copied(shelf: Shelf, threads: int) -> None:
+@pytest.mark.parametrize("through_fd", [False, True])
+def test_neither_threads_nor_ways_of_writing_change_what_is_read_or_copied(
+    shelf: Shelf, threads: int, through_fd: bool
+) -> None:
     read, copied = shelf.slab(), shelf.slab()
-    receive(shelf.receiver(read, threads=threads), [shelf.disk])
-    receive(shelf.receiver(copied, threads=threads), [SlabSource("host", read)])
+    how = {"threads": threads, "through_fd": through_fd, "full_check": True}
+    receive(shelf.receiver(read, **how), [shelf.disk])
+    receive(shelf.receiver(copied, **how), [SlabSource("host", read)])
     assert shelf.same(read, copied, shelf.filled())
+
+
+def test_what_is_only_to_be_mapped_has_no_checksums_and_is_no_source(shelf: Shelf) -> None:
+    shared, own = shelf.slab(), shelf.slab()
+    shelf.open([shared], load=True)
+    got = receive(shelf.receiver(own), [SlabSource("host", shared), shelf.disk])
+    assert got.source == "disk"
+    assert "without checksums" in got.refused[0]
 
 
 def damage_json(view: memoryview) -> None:
@@ -238,12 +252,13 @@ def test_r20_a_file_that_is_cut_short_while_it_is_read_is_named(shelf: Shelf) ->
     os.truncate(file, file.stat().st_size - 100)
     with pytest.raises(WeightError, match=r"model\.safetensors: ends at byte \d+ .*fetch it again"):
         read_parts(
-            shelf.view(shelf.slab()),
+            SlabTarget(view=shelf.view(shelf.slab())),
             parts,
             shape=shelf.shape,
             dtype="float32",
             threads=2,
             progress=parallel.nothing,
+            with_sums=False,
         )
 
 
