@@ -321,8 +321,8 @@ def test_it_serves_as_printed_and_drains_on_sigterm(start: Callable[..., Running
     assert times == sorted(times)
     names = [name for _, name in stages]
     assert {"configuration read", "listening"} <= set(names)
-    assert any(re.fullmatch(r"worker \d: ready", name) for name in names)
-    pasted = server.output[server.output.index("curl ") :].strip()
+    assert any(re.fullmatch(r"worker \d: ready, role mixed", name) for name in names)
+    pasted = re.search(r"^curl .*$", server.output, re.MULTILINE)[0]  # type: ignore[index]
     assert pasted == curl(f"http://127.0.0.1:{server.port}", "given-name")
     body = json.loads(re.search(r"-d '(.*)'", pasted)[1])  # type: ignore[index]
     status, answer = server.request("POST", "/v1/chat/completions", body)
