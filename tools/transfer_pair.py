@@ -25,6 +25,7 @@ from appliance.core.messages import (
     Migrate,
     Pull,
     Release,
+    Released,
     Report,
     StepReported,
 )
@@ -242,6 +243,7 @@ class Pair:
         self._target.until(lambda: _finished(self._target.reports, id_))
         (pulled,) = (report for report in self._target.reports if isinstance(report, KvPulled))
         self._source.send(Release(worker=SOURCE, move=move, request_id=id_))
+        self._source.until(lambda: _has(self._source.reports, Released))
         return HandedOff(
             landed_to_step=self._times.first_step - self._times.landed,
             stopped_to_pulled=pulled.seconds,

@@ -176,8 +176,8 @@ class Links:
         self._codec = LinkCodec()
         self._peers: dict[WorkerId, _Peer] = {}
         self._by_fd: dict[int, WorkerId] = {}
-        self._silent: list[Lost] = []
-        """Doorbells that failed while they were rung; told with the next news."""
+        self._failed: list[Lost] = []
+        """Doorbells that failed while they were rung."""
         self._set = select.epoll()
         self._set.register(sock, select.EPOLLIN)
         self._open = True
@@ -209,6 +209,13 @@ class Links:
         self._settle(peer, found)
         return True
 
+    def failed(self) -> list[News]:
+        """Peers that were given up while they were rung, since the last call."""
+        if not self._failed:
+            return []
+        failed, self._failed = self._failed, []
+        return [*failed]
+
     def hear_node(self) -> list[News]:
         """What the node has said about peers; to be asked before its commands are obeyed."""
         news: list[News] = []
@@ -234,8 +241,7 @@ class Links:
 
     def hear(self) -> list[News]:
         """All that has happened: what the node and the peers have said."""
-        news: list[News] = [*self._silent]
-        self._silent.clear()
+        news = self.failed()
         for fd, events in self._set.poll(0):
             if fd == self._sock.fileno():
                 news += self.hear_node()
@@ -334,7 +340,7 @@ class Links:
         if bell is None:
             return
         if bell.failure:
-            self._silent.append(self._hang_up(peer, found, bell, bell.failure))
+            self._failed.append(self._hang_up(peer, found, bell, bell.failure))
         elif bell.has_unsent != found.writing:
             found.writing = bell.has_unsent
             events = select.EPOLLIN | (select.EPOLLOUT if found.writing else 0)

@@ -273,6 +273,9 @@ class Moves:
             self._fetch(fetch)
         for peer in dict.fromkeys(lost):
             self._host.tell(self._batcher.peer_lost(peer, self._clock()))
+        if self._ties is not None:
+            for news in self._ties.links.failed():
+                self._take(news)
 
     def _say(self, peer: WorkerId, message: PeerMessage) -> bool:
         match message:

@@ -184,9 +184,10 @@ def test_peer_that_leaves_too_much_unread_is_given_up(
     rig.hear()
     for number in range(20):
         rig.links.ring(P, asked(number), bytes(100_000))
-    (lost,) = rig.links.hear()
+    (lost,) = rig.links.failed()
     assert isinstance(lost, Lost)
     assert "bytes unread" in lost.reason
+    assert rig.links.failed() == rig.links.hear() == []
 
 
 @pytest.mark.parametrize("nonsense", [b"\xff" * 64, b"\x06\0\0\0\x02\0\0\0\xc1\xc1"])
