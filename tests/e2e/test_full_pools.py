@@ -53,9 +53,9 @@ def start(serve: Serve, devices: str, *args: str, rules: Any = ()) -> Server:
 
 
 CASES = [
-    ("cpu:2", "prefill,decode", 16),
-    ("paced:4@fixed-2ms", "prefill,prefill,prefill,decode", 32),
-    ("paced:4@fixed-2ms", "prefill,decode,decode,decode", 32),
+    ("cpu:2", "prefill,decode", 12),
+    ("paced:4@fixed-2ms", "prefill,prefill,prefill,decode", 20),
+    ("paced:4@fixed-2ms", "prefill,decode,decode,decode", 20),
     pytest.param("cpu:2", "prefill,decode", 80, marks=pytest.mark.slow),
     pytest.param("cpu:4", "prefill,prefill,decode,decode", 120, marks=pytest.mark.slow),
     pytest.param("paced:2@fixed-2ms", "prefill,decode", 60, marks=pytest.mark.slow),

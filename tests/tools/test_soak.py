@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from aiohttp import web
 
 from tools.soak import main, unsettled
 from tools.soak_clients import Accounts, Clients, Reply, make_prompts
+from tools.soak_moves import Goals
 from tools.soak_watch import MIB, Sample, trends
 
 CHUNK = b'data: {"choices": [{"index": 0, "text": "a", "finish_reason": null}]}\n\n'
@@ -155,6 +157,23 @@ def test_R19_a_few_seconds_of_soak(tmp_path: Path) -> None:
     assert report["counts"]["requests accepted and ended"] > 20
     assert report["counts"]["status 429"] > 0
     assert sum(worker["deaths"] for worker in report["workers"]) > 0
+
+
+def test_what_was_not_reached_is_said() -> None:
+    goals = Goals(kills=3, flips=2, aborts=0)
+    counts = {"workers hit by SIGKILL": 1, "workers hit by SIGSTOP": 2, "flips done": 1}
+    assert goals.missing(Counter(counts)) == ["1 flips of 2"]
+    assert goals.missing(Counter(counts | {"flips done": 2})) == []
+
+
+@pytest.mark.procs
+def test_R9_R19_a_few_seconds_of_soak_with_operators(tmp_path: Path) -> None:
+    options = ("--round-seconds", "4", "--users", "6", "--burst", "20", "--hit-seconds", "1")
+    goals = ("--roles", "prefill,decode,mixed", "--flips", "4", "--aborts", "20", "--kills", "1")
+    report = run(tmp_path, "--devices", "paced:3", "--minutes", "0.12", *options, *goals)
+    assert sum(worker["flips"] for worker in report["workers"]) >= 4
+    moves = {move["kind"] for move in report["transfers"]["moves"]}
+    assert moves & {"hand-off", "migration"}
 
 
 @pytest.mark.procs
