@@ -29,6 +29,10 @@ from appliance.core.types import Role, WorkerId
 from appliance.core.worker_table import WorkerSlot
 
 
+AFTER_A_FLIP = 0.001
+"""Seconds after a transaction before the policy is asked again."""
+
+
 class Flip:
     """One transaction."""
 
@@ -90,7 +94,10 @@ class Flipper:
 
     def ask_policy(self, roles: RolesSlot, now: float) -> None:
         """Let the policy say whether roles should change. Asked between transactions only."""
-        if now < self._ask_again or self._flips or self._state.is_draining:
+        if self._state.is_draining:
+            self._wake = False
+            return
+        if now < self._ask_again or self._flips:
             return
         plan = roles(self._state.view, now)
         if plan.again <= now:
@@ -245,6 +252,7 @@ class Flipper:
         self, flip: Flip, now: float, *, outcome: Outcome, words: str, reason: str = ""
     ) -> None:
         self._flips.remove(flip)
+        self._ask_again = max(self._ask_again, now + AFTER_A_FLIP)
         moved = sum(self._state.slots[w].moved_out for w in flip.roles) - flip.moved_before
         self._audit.conclude(flip.decided, words)
         if flip.ask is not None:

@@ -5,7 +5,8 @@ Each is a slot of `appliance.core.slots`, or makes one from its settings.
 
 from collections.abc import Sequence
 
-from appliance.core.slots import Accept, Admission, AdmitSlot, Refuse
+from appliance.core.lifecycle import WorkerState
+from appliance.core.slots import Accept, Admission, AdmitSlot, MigrateSlot, Migration, Refuse
 from appliance.core.types import ErrorKind, Phase, Request, Role, WorkerId
 from appliance.core.view import NodeView
 
@@ -70,6 +71,30 @@ def place_least_work(view: NodeView, request: Request, phase: Phase, now: float)
         return (worker.role is not Role.DECODE, batch, worker_id)
 
     return min(willing, key=work if phase is Phase.PREFILL else fullness)
+
+
+def migrate_evenly(*, gap: int) -> MigrateSlot:
+    """Move one answer at a time from the fullest worker to the emptiest one of the same role, while
+    the fullest has at least `gap` (>= 2) more. Never the other way round at once: after a move the
+    difference is smaller by two."""
+
+    def migrate(view: NodeView, now: float) -> Sequence[Migration]:
+        workers = [each for each in view.workers.values() if each.state is WorkerState.READY]
+        if len(workers) < 2 or any(each.incoming for each in workers):
+            return ()
+        fullest = max(workers, key=lambda each: (each.assigned, -each.id))
+        others = [each for each in workers if each.role is fullest.role]
+        emptiest = min(others, key=lambda each: (each.assigned, each.id))
+        if fullest.assigned - emptiest.assigned < max(gap, 2):
+            return ()
+        for each in reversed(view.running(fullest.id)):  # the latest has the least to copy
+            if not each.decoding or each.moving:
+                continue
+            if emptiest.id in view.willing(each.request, now, Phase.DECODE):
+                return (Migration(id=each.request.id, target=emptiest.id),)
+        return ()
+
+    return migrate
 
 
 def never_wake(view: NodeView, now: float) -> float | None:

@@ -13,6 +13,7 @@ import msgspec
 from appliance.core.slots import BatchSlots, DispatchSlots, Policy
 from appliance.policy.dispatch_parts import (
     admit_bounded,
+    migrate_evenly,
     never_wake,
     order_fcfs,
     place_least_work,
@@ -28,6 +29,9 @@ class FcfsSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     max_waiting: Bound = 0
     max_waiting_tokens: Bound = 0
+    rebalance_gap: Bound = 0
+    """Answers that a worker must have more than another of its role before one is moved; 0:
+    never."""
 
 
 def fcfs(settings: Mapping[str, object]) -> Policy:
@@ -37,7 +41,11 @@ def fcfs(settings: Mapping[str, object]) -> Policy:
     return Policy(
         name="fcfs",
         dispatch=DispatchSlots(
-            admit=admit, order=order_fcfs, place=place_least_work, wakeup=never_wake
+            admit=admit,
+            order=order_fcfs,
+            place=place_least_work,
+            wakeup=never_wake,
+            migrate=migrate_evenly(gap=known.rebalance_gap) if known.rebalance_gap else None,
         ),
         batch=BatchSlots(victim=victim_latest, fill=fill_fcfs),
     )

@@ -65,7 +65,7 @@ class DispatchedNode(MovingNode):
         *,
         start: Callable[[MovingNode, WorkerId], MovingWorker],
         model_len: int,
-        policy: DispatchSlots,
+        policy: Callable[[], DispatchSlots],
         limits: Mapping[str, int],
         **config: float,
     ) -> None:
@@ -99,7 +99,7 @@ class DispatchedNode(MovingNode):
             for worker, role in zip(self.ids, roles, strict=True)
         ]
         self.policy = policy
-        self.core = Dispatcher(self.config, workers=self.specs, policy=policy, validate=True)
+        self.core = Dispatcher(self.config, workers=self.specs, policy=policy(), validate=True)
         self.say(Woke())
 
     # --- the Dispatcher's shell -------------------------------------------------------------------
@@ -324,16 +324,16 @@ class DispatchedNode(MovingNode):
             if self.can_start(id_):
                 self.start(id_)
                 happened = True
-            happened |= self.deliver_command(id_)
-            happened |= self.deliver_frame(id_)
+            while self.deliver_command(id_) or self.deliver_frame(id_):
+                happened = True
             for peer in self.ids:
-                if peer != id_:
-                    happened |= self.deliver_bell(id_, peer)
+                while peer != id_ and self.deliver_bell(id_, peer):
+                    happened = True
             shell = self.workers[id_]
             if shell is not None:
                 happened |= bool(shell.wake())
                 happened |= self.step(shell)
-                if shell.copies:
+                while shell.copies and self.workers[id_] is shell:
                     shell.advance(0, 1000)
                     happened = True
         return happened
@@ -367,6 +367,6 @@ class DispatchedNode(MovingNode):
 
     def check_replay(self) -> None:
         """Law 12: a fresh Dispatcher that hears the same says the same."""
-        fresh = Dispatcher(self.config, workers=self.specs, policy=self.policy)
+        fresh = Dispatcher(self.config, workers=self.specs, policy=self.policy())
         for now, message, outputs in self.inputs:
             assert fresh.handle(message, now) == outputs

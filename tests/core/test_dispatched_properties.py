@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.core.lifecycle import WorkerState
+from appliance.core.slots import DispatchSlots
 from appliance.core.types import BatcherConfig, ErrorKind, Role, WorkerId
 from appliance.policy import make_policy
 from tests.core.dispatched_node import DispatchedNode
@@ -18,14 +19,22 @@ from tests.core.test_batcher_properties import contrary
 from tests.core.test_moves_properties import MODEL_LEN, _task
 from tests.core.toy_worker import FCFS, paged
 
-POLICY = make_policy("fcfs", {}).dispatch
 ROLES = list(Role)
+LIKELY = [Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE, Role.MIXED]
+HASTY = {"interval": 0.01, "window": 0.1, "high": 0.01, "gain": 0.0, "confirm": 1}
+"""A controller that flips as often as it can."""
+HASTY |= {"dwell": 0.05, "cooldown": 0.02, "hold": 0.05, "horizon": 1000.0}
+
+
+def policy(*, controlled: bool, balanced: bool) -> DispatchSlots:
+    settings = {"rebalance_gap": 2} if balanced else {}
+    return make_policy("fcfs", settings, roles=HASTY if controlled else None).dispatch
 
 
 def build(rng: random.Random, *, num_workers: int) -> DispatchedNode:
     size = rng.choice([2, 4])
     alone = -(-(MODEL_LEN - 1) // size)
-    group = paged(alone + rng.randrange(alone), size)
+    group = paged(alone * rng.choice([1, 2, 6]) + rng.randrange(alone), size)
     limits = {"max_num_seqs": rng.choice([1, 2, 3, 8]), "max_batch_tokens": rng.randint(1, 40)}
     config = BatcherConfig(
         max_model_len=MODEL_LEN,
@@ -48,13 +57,18 @@ def build(rng: random.Random, *, num_workers: int) -> DispatchedNode:
             checks=checks,
         )
 
-    roles = [rng.choice(ROLES) for _ in range(num_workers)]
+    controlled, balanced = rng.random() < 0.25, rng.random() < 0.25
+
+    def slots() -> DispatchSlots:
+        return policy(controlled=controlled, balanced=balanced)
+
+    roles = [rng.choice(LIKELY) for _ in range(num_workers)]
     return DispatchedNode(
         roles,
         group,
         start=start,
         model_len=MODEL_LEN,
-        policy=POLICY,
+        policy=slots,
         limits=limits,
         lease_seconds=rng.choice([0.05, 0.5, 10.0]),
         drain_seconds=rng.choice([0.02, 0.5, 2.0]),
@@ -79,9 +93,11 @@ class Storm:
         shell = node.workers[worker]
         draw = rng.random()
         if draw < 0.2:
-            node.deliver_command(worker)
+            while node.deliver_command(worker) and rng.random() < 0.7:
+                pass
         elif draw < 0.42:
-            node.deliver_frame(worker)
+            while node.deliver_frame(worker) and rng.random() < 0.7:
+                pass
         elif draw < 0.58:
             others = [id_ for id_ in node.ids if id_ != worker]
             if others:
@@ -107,23 +123,23 @@ class Storm:
             node.kill(worker)
         elif node.can_start(worker):
             node.start(worker)
-        elif draw < 0.35 and self.num_tasks < 24:
+        elif draw < 0.2 and self.num_tasks < 60:
             node.arrive(_task(rng, self.num_tasks, node.now))
             self.num_tasks += 1
-        elif draw < 0.38:
+        elif draw < 0.22:
             self._ask(worker)
-        elif draw < 0.41 and self.num_tasks:
+        elif draw < 0.24 and self.num_tasks:
             node.cancel(rng.randrange(self.num_tasks))
 
     def _ask(self, worker: WorkerId) -> None:
         node, rng = self.node, self.rng
         draw = rng.random()
-        if draw < 0.7:
+        if draw < 0.5:
             some = rng.sample(node.ids, rng.randint(1, len(node.ids)))
             node.ask_roles([(each, rng.choice(ROLES)) for each in some])
-        elif draw < 0.8:
+        elif draw < 0.7:
             node.ask_park(worker)
-        elif draw < 0.95:
+        elif draw < 0.9:
             node.ask_wake(worker)
         elif len(node.ids) < 4:
             node.ask_worker(rng.choice(ROLES))
@@ -132,7 +148,7 @@ class Storm:
 def storm(
     rng: random.Random, *, acts: int, deaths: float, poison: bool = False
 ) -> tuple[DispatchedNode, Counter[str]]:
-    node = build(rng, num_workers=rng.choice([1, 2, 2, 3]))
+    node = build(rng, num_workers=rng.choice([1, 2, 3, 3]))
     weather = Storm(node, rng, deaths=deaths)
     if poison:
         node.poison = rng.randrange(12)
@@ -176,22 +192,22 @@ def test_R1_R5_R9_R12_R28_whatever_is_decided_no_answer_changes(
 def test_R12_storms_really_move_flip_park_and_kill() -> None:
     total: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    for seed in range(24):
+    for seed in range(30):
         rng = random.Random(seed)
         node, counts = storm(rng, acts=900, deaths=0.02 if seed % 2 else 0.0)
         total += counts
         kinds += Counter(decided.kind for decided in node.decisions.values())
-    assert total["pulled"] > 50, total
+    assert total["pulled"] > 30, total
     for what in ("killed", "resumed", "cancelled", "answered done", "answered rolled_back"):
-        assert total[what] > 5, (what, total)
-    for kind in ("flip", "park", "wake", "fallback", "add"):
+        assert total[what] > 3, (what, total)
+    for kind in ("flip", "none", "rebalance", "park", "wake", "fallback", "add"):
         assert kinds[kind] > 2, (kind, kinds)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_R1_R5_R9_R12_R28_storms_at_length() -> None:
-    for seed in range(8_000):
+    for seed in range(3_000):
         rng = random.Random(2_000_000 + seed)
         storm(
             rng,
