@@ -23,6 +23,7 @@ the shell takes what was said to others, in this order: it sends the reports to 
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from appliance.core.accepting import limit_of, why_not
 from appliance.core.blocks import BlockLedger
@@ -88,15 +89,12 @@ from appliance.core.types import (
 )
 
 
-class _Outstanding:
+class _Outstanding(NamedTuple):
     """A plan whose result has not come, and the sequences of its work items."""
 
-    __slots__ = ("plan", "planned_at", "seqs")
-
-    def __init__(self, plan: StepPlan, seqs: list[LiveSequence], planned_at: float) -> None:
-        self.plan = plan
-        self.seqs = seqs
-        self.planned_at = planned_at
+    plan: StepPlan
+    seqs: list[LiveSequence]
+    planned_at: float
 
 
 class Batcher:
@@ -241,24 +239,27 @@ class Batcher:
             case LoadWeights():
                 reason = "weights are loaded once, when the worker starts"
                 reports = [self._refused(command, reason)]
-        return self._answer(reports, before, now)
+        about = command.move if isinstance(command, Migrate | Pull | Resume | Release) else None
+        return self._answer(reports, before, now, about=about)
 
-    def _answer(self, reports: list[Report], before: WorkerLoad, now: float) -> list[Report]:
-        """What planning had to say, `reports`, what has become possible by what they are about, and
-        the load if it has changed."""
+    def _answer(
+        self, reports: list[Report], before: WorkerLoad, now: float, *, about: MoveId | None = None
+    ) -> list[Report]:
+        """What planning had to say, `reports`, what has become possible, the load if it changed."""
         self._reports += reports
-        self._settle(now)
+        self._settle(now, about)
         reports = self._reports.copy()
         self._reports.clear()
         if self.load() != before:
             reports.append(self._heartbeat(now))
         return reports
 
-    def _settle(self, now: float) -> None:
+    def _settle(self, now: float, about: MoveId | None = None) -> None:
+        """Do what has become possible: for this move only, or (None) for all."""
         if self.exporter.busy:
-            self.exporter.settle(now)
+            self.exporter.settle(now, about)
         if self.importer.busy:
-            self.importer.settle(now)
+            self.importer.settle(now, about)
 
     def _set_role(self, command: SetRole) -> list[Report]:
         if command.epoch < self.role_epoch:
@@ -397,7 +398,7 @@ class Batcher:
                 self.exporter.hear(peer, message, now)
             case Offered() | Withdrawn():
                 self.importer.hear(peer, message, now, hashes=hashes)
-        return self._answer([], before, now)
+        return self._answer([], before, now, about=message.move)
 
     def peer_lost(self, peer: WorkerId, now: float) -> list[Report]:
         """The process of this peer is gone, or cannot be reached: imports from it fail unless their
@@ -410,11 +411,11 @@ class Batcher:
         return self._answer([], before, now)
 
     def copied(self, done: CopyDone, now: float) -> list[Report]:
-        """A `CopyJob` has ended. Raises `ProtocolError` if none of its move was under way."""
+        """A `CopyJob` has ended. Raises `ProtocolError` if it was not under way."""
         before = self.load()
         if not self.importer.copied(done):
             raise ProtocolError(f"a copy ended that was not under way: {done}")
-        return self._answer([], before, now) + self.announce()
+        return self._answer([], before, now, about=done.move) + self.announce()
 
     def fetched(self, done: FetchDone, now: float) -> list[Report]:
         """A `FetchJob` has ended. Raises `ProtocolError` if it was not under way."""
@@ -447,8 +448,7 @@ class Batcher:
         return self.ledger.drain_index()
 
     def announce(self) -> list[Report]:
-        """Changes of the cache that no report has told: what the pool holds from before, to be said
-        once after `WorkerUp`."""
+        """Changes of the cache that no report told; after `WorkerUp`, what the pool holds."""
         added, removed = self.ledger.drain_changes()
         if not added and not removed:
             return []

@@ -216,9 +216,13 @@ class Exporter:
 
     # --- what time brings -----------------------------------------------------------------------
 
-    def settle(self, now: float) -> None:
-        """Look at each sequence that has not stopped: offer, stop, hold or withdraw it."""
-        for export in list(self._open.values()):
+    def settle(self, now: float, about: MoveId | None = None) -> None:
+        """Look at each sequence that has not stopped (or at that of one move): offer, stop, hold or
+        withdraw it."""
+        exports = list(self._open.values())
+        if about is not None:
+            exports = [self._open[about]] if about in self._open else []
+        for export in exports:
             why = self._why_not(export)
             if why:
                 self._withdraw(export, why)

@@ -116,6 +116,8 @@ class Importer:
         self._moves: dict[RequestId, MoveId] = {}
         self._waiting: list[Import] = []
         """Those without a table, in the order of the queue."""
+        self._lacking = False
+        """Some of those that have a table could use more room."""
         self._jobs: list[CopyJob] = []
 
     @property
@@ -276,13 +278,19 @@ class Importer:
 
     # --- what time brings -----------------------------------------------------------------------
 
-    def settle(self, now: float) -> None:
-        """Reserve, grow, copy, land; whatever has become possible."""
+    def settle(self, now: float, about: MoveId | None = None) -> None:
+        """Reserve, grow, copy, land; whatever has become possible, or (if nobody waits for room) of
+        one move."""
+        imports = list(self._imports.values())
+        if about is None or self._waiting or self._lacking:
+            self._lacking = False
+        else:
+            imports = [self._imports[about]] if about in self._imports else []
         for each in list(self._waiting):
             if not self._reserve(each):
                 break
         promised: list[int] | None = None
-        for each in list(self._imports.values()):
+        for each in imports:
             if each.table is None or each.leaving:
                 continue
             want = min(each.most_blocks, each.offered + ROOM_AHEAD)
@@ -291,6 +299,7 @@ class Importer:
             if each.table.num_blocks < want:
                 promised = promised or self._queues.promised()
                 self._grow(each.table, want, 0 if each.final else promised[0])
+                self._lacking = self._lacking or each.table.num_blocks < want
             if each.pending and each.table.num_blocks > each.issued:
                 self._copy(each, each.table, now)
             if each.final is None:

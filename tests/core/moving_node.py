@@ -95,6 +95,9 @@ class MovingNode:
         self.next_move = 0
         self.counts: dict[str, int] = {}
         """What has happened how often."""
+        self.prefilled = dict.fromkeys(self.ids, 0)
+        self.decoded = dict.fromkeys(self.ids, 0)
+        """Tokens by worker."""
         self._model_len = model_len
         self._block_tokens = group.block_tokens
         self._start = start
@@ -299,6 +302,8 @@ class MovingNode:
     def _hear(self, worker: WorkerId, report: Report, tokens: dict[int, list[int]]) -> None:
         match report:
             case StepReported(ids=ids, finished=finished):
+                self.prefilled[worker] += report.prefill_tokens
+                self.decoded[worker] += report.decode_tokens
                 for id_ in ids:
                     if self.served[id_].at == worker:
                         self.served[id_].emitted += tokens[id_]

