@@ -36,7 +36,10 @@ class PagedAttention:
 
     def __init__(self, pool: KvPool, *, num_heads: int) -> None:
         if TILE % pool.block_tokens:
-            raise ValueError(f"block_tokens={pool.block_tokens} must divide {TILE}")
+            raise ValueError(
+                f"block_tokens={pool.block_tokens} must divide {TILE} where torch computes: set "
+                f"kv.block_tokens to a power of two up to {TILE}, or use native kernels"
+            )
         self._pool = pool
         self._num_heads = num_heads
         per_group = num_heads // pool.num_kv_heads

@@ -59,7 +59,7 @@ class TorchEngine:
         self._info = info
         self._grammars = grammars
         self._sequences: dict[RequestId, EngineSequence] = {}
-        width = -(-max_model_len // TILE) * (TILE // pool.block_tokens)
+        width = -(-(-(-max_model_len // TILE) * TILE) // pool.block_tokens)
         self._tables = BlockTables.empty(slots=max_sequences, width=width, scratch=pool.scratch)
 
     @classmethod

@@ -11,13 +11,13 @@ from msgspec import structs
 
 from appliance.core.model_shape import UnsupportedModel
 from appliance.core.payload import Sampling
-from appliance.core.types import RequestId, StepPlan
+from appliance.core.types import Phase, RequestId, SeqWork, StepPlan
 from appliance.modeling.errors import WeightError
 from appliance.modeling.slab import STATE_FILLING
 from appliance.worker.engine import EngineError
 from appliance.worker.torch_engine import TorchEngine, read_shape
 from tests.modeling.checkpoints import VARIANTS, CheckpointStore, load_oracle
-from tests.worker.engine_rig import Driver, Slabs
+from tests.worker.engine_rig import Driver, Slabs, state_of
 
 NUM_BLOCKS = 400
 NEW = 12
@@ -211,6 +211,31 @@ def test_a_plan_beyond_known_tokens_or_blocks_is_refused(rig: Rig) -> None:
     ):
         with pytest.raises(EngineError, match="disagree about request 0"):
             rig.engine.execute(StepPlan(step=0, work=(wrong,)))
+
+
+@pytest.mark.parametrize("block_tokens", [1, 7, 256])
+def test_blocks_of_any_size_hold_the_longest_sequence(
+    checkpoint: CheckpointStore, block_tokens: int
+) -> None:
+    slabs = Slabs(checkpoint("llama"), num_blocks=NUM_BLOCKS, native="required")
+    num_blocks = -(-512 // block_tokens)
+    start = structs.replace(slabs.start(), block_tokens=block_tokens, num_blocks=num_blocks)
+    engine = TorchEngine.open(start, weights_fd=slabs.weights, kv_fd=slabs.kv)
+    engine.add(RequestId(0), state_of(random_prompt(8, 512)))
+    new = tuple(range(num_blocks))
+    for begin in range(0, 512, 128):
+        work = SeqWork(
+            id=RequestId(0),
+            start=begin,
+            num_tokens=128,
+            phase=Phase.PREFILL,
+            samples=begin == 384,
+            fresh=begin == 0,
+            new_blocks=(new,) if begin == 0 else ((),),
+        )
+        sampled = engine.execute(StepPlan(step=0, work=(work,)))
+    assert [token.id for token in sampled] == [0]
+    slabs.close()
 
 
 def test_the_engine_says_what_it_can_hold_and_which_kernels_it_chose(rig: Rig) -> None:
