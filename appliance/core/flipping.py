@@ -28,7 +28,6 @@ from appliance.core.slots import PolicyMistake, RolePlan, RolesSlot
 from appliance.core.types import Role, WorkerId
 from appliance.core.worker_table import WorkerSlot
 
-
 AFTER_A_FLIP = 0.001
 """Seconds after a transaction before the policy is asked again."""
 

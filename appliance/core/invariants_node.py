@@ -12,6 +12,7 @@ from appliance.core.invariants import LawBroken
 from appliance.core.lifecycle import RequestState, WorkerState
 from appliance.core.messages import Arrived, Assign, Ended, Input, Output, Pull, Reject, SetRole
 from appliance.core.node_state import NodeState
+from appliance.core.request_table import RequestRecord
 from appliance.core.types import Record, RequestId, WorkerId
 from appliance.core.worker_table import SERVING
 
@@ -178,9 +179,16 @@ def r27_suspects_run_alone(heard: Heard) -> None:
         _want(0, record.isolated == record.suspected, f"not on trial; {record.story()}")
         if record.isolated:
             here = heard.state.slots[record.worker].assigned.values()
-            mates = [mate for mate in here if mate is not record]
+            mates = [mate for mate in here if mate is not record and not _only_leaves(mate)]
             fit = all(mate.acquitted for mate in mates) and not (record.strict and mates)
             _want(0, fit, f"suspect with {len(mates)}; {record.story()}")
+
+
+def _only_leaves(record: RequestRecord) -> bool:
+    """Whether it is listed where it is because that worker, which does not compute it, has yet to
+    say that it forgot a cancelled request."""
+    cancelling = record.state is RequestState.CANCELLING
+    return cancelling and record.history[-1][2] != record.worker
 
 
 NODE_LAWS: Sequence[Law] = (

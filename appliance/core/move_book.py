@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from appliance.core.node_state import NodeState
 
 
+COMPUTED = -1
+"""As `reports_before`: the worker has computed the request, or is about to, as it says."""
+
+
 class MoveBook:
     """Moves as part of a `NodeState`."""
 
@@ -34,8 +38,8 @@ class MoveBook:
 
     def targets(self, record: RequestRecord, now: float) -> list[WorkerSlot]:
         """Workers that may pull this request now from the one where it is. None for a suspect, nor
-        for one that moves, has just failed to, or has one token left to get. Off a worker that is to be parked it may go to
-        those for prompts too if no other is there."""
+        for one that moves, has just failed to, or has one token left to get. Off a worker that is
+        to be parked it may go to those for prompts too if no other is there."""
         source = None if record.worker is None else self._state.slots[record.worker]
         if source is None or source.moves_after > now or not self._may_move(record, now):
             return []
@@ -124,6 +128,7 @@ class MoveBook:
         record.move = None
         record.resumed = None
         record.moves_failed = 0
+        record.reports_before = COMPUTED
         self._state.slots[move.source].moved_out += 1
         self._state.requests.move(record, RequestState.DECODING, now, worker=move.target)
         if move.leased:
@@ -165,6 +170,7 @@ class MoveBook:
         source.leased.pop(record.request.id, None)
         source.assigned[record.request.id] = record
         source.touch()
+        record.reports_before = COMPUTED
         self._state.requests.move(record, RequestState.DECODING, now, worker=source.id)
         self._resume(record, move, now, pause=True)
 

@@ -87,7 +87,7 @@ class RequestRecord:
         self.deaths: list[tuple[WorkerId, int]] = []
         """Incarnations (worker, epoch) that died while it was there, those spared aside."""
         self.reports_before = 0
-        """The worker's `num_loads` when it was given this request."""
+        """The worker's `num_loads` when it was given this request; `COMPUTED` after a move."""
         self.spared = 0
         """Deaths that were not counted: the worker had said nothing since it got this request."""
         self.suspected = False

@@ -148,7 +148,7 @@ class Roster:
         """Park those that are empty, give up on those whose time is over."""
         for worker, ask in list(self._parking.items()):
             slot = self._state.slots[worker]
-            if not slot.assigned and not slot.incoming and not slot.leased:
+            if not (slot.assigned or slot.incoming or slot.leased or slot.leaving):
                 del self._parking[worker]
                 slot.go(WorkerState.PARKED)
                 self._state.out.append(Park(worker=worker))

@@ -372,7 +372,7 @@ def test_a_prefix_is_copied_from_the_peer_that_has_it_when_that_is_cheaper() -> 
 def test_what_a_copy_costs_beside_its_bytes_is_learnt() -> None:
     node = Pair(Role.MIXED, Role.MIXED, block_bytes=1000)
     before = node.core.view.cost.copy_seconds(1000, 1e9)
-    for _ in range(20):
+    for _ in range(100):
         node.hear(
             PrefixPulled(
                 worker=D,
@@ -411,3 +411,27 @@ def test_late_words_of_a_move_that_is_over_change_nothing() -> None:
     )
     assert MoveId(1) == node.move_of(1).move
     assert not [o for o in node.said if isinstance(o, Resume)]
+
+
+def test_R27_deaths_of_a_target_count_from_the_first_step_there() -> None:
+    node = Pair(*ROLES, quarantine_deaths=100)
+    node.arrive(1)
+    for _ in range(2):  # it is copied, and no more: both deaths are forgiven, it goes on
+        node.step(0, [1])
+        node.down(1)
+        assert node.at_worker(1) == P
+        node.respawn(1)
+        node.link_all()
+        node.hear_later(10.0)
+    emitted = 2
+    node.prefilled(1, emitted=emitted)
+    node.pulled(1, emitted=emitted)
+    node.down(1, silent=True)
+    assert assigns(node.said)[-1] == (1, P, emitted), "a counted death: it is assigned anew"
+    node.respawn(1)
+    node.link_all()
+    node.step(0, [1])
+    node.prefilled(1, emitted=emitted + 1)
+    node.pulled(1, emitted=emitted + 1)
+    node.down(1, silent=True)
+    assert node.core.is_on_trial(RequestId(1)), "present at two deaths: it runs alone"
