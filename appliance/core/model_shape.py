@@ -29,7 +29,7 @@ ARCHITECTURES: Mapping[str, Family] = {
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
 TENSOR_ALIGNMENT = 64
 PAGE_BYTES = 4096
-SUM_CHUNK_BYTES = 1 << 20
+SUM_CHUNK_BYTES = 1 << 18
 """Bytes of the weight slab under one checksum."""
 
 

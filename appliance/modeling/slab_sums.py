@@ -6,7 +6,7 @@ check its own bytes against what was read from disk, not merely against the sour
 
 A copy is checked in a sample of `SAMPLE_CHUNKS` chunks, drawn without repetition by a seed that
 differs from receiver to receiver. With `n` chunks, one bad chunk is found with probability
-`SAMPLE_CHUNKS / n` (certain up to 64 MiB); if a share `f` of all chunks is bad, as after a copy
+`SAMPLE_CHUNKS / n` (certain up to 16 MiB); if a share `f` of all chunks is bad, as after a copy
 from a wrong place or one that ended early, it goes unnoticed with probability `(1 - f)` to the
 power of `SAMPLE_CHUNKS`: 4 % for a twentieth, one in 10^19 for a half.
 """

@@ -91,6 +91,7 @@ class TorchEngine:
             reach=reach,
         )
         weights = open_weights((weights_fd, *source_fds), wanted)
+        weights.touch()
         pool = open_pool(
             kv_fd, shape, dtype, num_blocks=start.num_blocks, block_tokens=start.block_tokens
         )

@@ -6,9 +6,9 @@ worker has a slab of its own in the node's keeping, finds it complete if a prede
 fills it from the best source (`appliance.worker.weight_sources`); the first worker of a node fills
 the node's slab on the way, which stays as the copy in host memory.
 
-Mapping costs the same whatever the size: the head is read, every tensor is a view. A thread then
-walks over the mapping, so that a worker that has nothing to do yet does not pay for each page in
-its first step.
+Mapping costs the same whatever the size: the head is read, every tensor is a view, no other page is
+touched. `MappedWeights.touch` then walks over the pages in a thread, so that a worker that has
+nothing to do yet does not pay for each of them in its first step.
 """
 
 import logging
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 HOST = "host"
 TOUCH_BYTES = 1 << 16
+"""The kernel maps what stands around a page too, so much at a time."""
 TOUCH_AT_ONCE = 1024
 
 
@@ -55,10 +56,22 @@ class MappedWeights:
     """"slab" when the slab was complete, else where the bytes came from: "peer:N", "host",
     "disk"."""
     seconds: float
+    view: memoryview
+    """The whole slab, read-only."""
     num_bytes: int
     """That were moved; 0 when the slab was complete."""
     notes: tuple[str, ...]
     fingerprint: str
+
+    def touch(self) -> None:
+        """Begin to map in all pages, without waiting."""
+        pages = np.frombuffer(self.view, np.uint8)[::TOUCH_BYTES]
+
+        def walk() -> None:
+            for begin in range(0, len(pages), TOUCH_AT_ONCE):
+                pages[begin : begin + TOUCH_AT_ONCE].max()  # releases the interpreter lock
+
+        threading.Thread(target=walk, name="weights-touch", daemon=True).start()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +99,6 @@ def open_weights(fds: Sequence[int], request: WeightRequest) -> MappedWeights:
         mmap.mmap(_checked(fds[0], layout.total), layout.total, mmap.MAP_SHARED, mmap.PROT_READ)
     )
     tensors = attach(readable, shape=request.shape, dtype=request.dtype)
-    _touch_beside(readable)
     seconds = time.monotonic() - began
     found = Received(source="slab", seconds=seconds) if received is None else received
     num_bytes = 0 if received is None else layout.total
@@ -98,6 +110,7 @@ def open_weights(fds: Sequence[int], request: WeightRequest) -> MappedWeights:
         log.info("weights: %s", found.checked)
     return MappedWeights(
         tensors=tensors,
+        view=readable,
         source=found.source,
         seconds=seconds,
         num_bytes=num_bytes,
@@ -180,17 +193,6 @@ def _wanted(request: WeightRequest) -> str:
 
 def _fingerprint(view: memoryview) -> str:
     return str(read_manifest(view).get("fingerprint"))
-
-
-def _touch_beside(view: memoryview) -> None:
-    """Begin to map in all pages, without waiting. The kernel maps what stands around a page too."""
-    pages = np.frombuffer(view, np.uint8)[::TOUCH_BYTES]
-
-    def walk() -> None:
-        for begin in range(0, len(pages), TOUCH_AT_ONCE):
-            pages[begin : begin + TOUCH_AT_ONCE].max()  # releases the interpreter lock
-
-    threading.Thread(target=walk, name="weights-touch", daemon=True).start()
 
 
 def _logging(source: str) -> Progress:

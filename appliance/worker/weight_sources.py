@@ -37,7 +37,7 @@ from appliance.modeling.slab import (
 from appliance.modeling.slab_sums import bad_chunk, digest_of_sums, sample_of
 from appliance.modeling.slab_target import SlabTarget
 
-COPY_BYTES = 8 * SUM_CHUNK_BYTES
+COPY_BYTES = 8 << 20
 
 
 def no_fault(_: str) -> None:
@@ -242,6 +242,6 @@ def check_copy(receiver: Receiver, *, sums: str) -> str:
         )
     share = len(looked) / len(chunks)
     return (
-        f"checksums of {len(looked)} of {len(chunks)} chunks of 1 MiB are right: a single bad one "
+        f"checksums of {len(looked)} of {len(chunks)} chunks are right: a single bad one "
         f"would be found with a probability of {share:.1%}"
     )
