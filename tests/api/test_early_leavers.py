@@ -62,6 +62,6 @@ def test_r19_names_are_forgotten_with_their_stories(tmp_path: Path):
             assert reply.startswith(b"HTTP/1.1 200")
         last = json.loads(reply[reply.index(b"\r\n\r\n") :])["id"]
         assert live.read(lambda node: node.story(last)) is not None
-        assert live.read(lambda node: len(node._names)) <= 20
+        assert live.read(lambda node: len(node._intake._names)) <= 20
     finally:
         live.close()
