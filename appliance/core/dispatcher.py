@@ -196,7 +196,8 @@ class Dispatcher:
             self._flipper.ask_policy(self._policy.roles, now)
         self._mover.step(now)
         self._flipper.step(now)
-        self._roster.step(now)
+        if state.has_roles:
+            self._roster.step(now)
         said = -1
         while said != len(state.out):  # from here on no worker that is ready ceases to be
             said = len(state.out)

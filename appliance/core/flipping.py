@@ -157,6 +157,7 @@ class Flipper:
             if role is Role.PREFILL or self._waits:
                 slot.go(WorkerState.DRAINING)
                 self._state.moves.call_off_incoming(slot, now)
+        self._state.note_roles()
 
     # --- following ----------------------------------------------------------------------------
 
@@ -197,6 +198,7 @@ class Flipper:
             slot.next_role = flip.roles[slot.id]
             slot.go(WorkerState.FLIPPING)
             self._say(slot, flip.roles[slot.id])
+        self._state.note_roles()
 
     def _say(self, slot: WorkerSlot, role: Role) -> None:
         slot.role_epoch += 1
@@ -251,6 +253,7 @@ class Flipper:
         self, flip: Flip, now: float, *, outcome: Outcome, words: str, reason: str = ""
     ) -> None:
         self._flips.remove(flip)
+        self._state.note_roles()
         self._ask_again = max(self._ask_again, now + AFTER_A_FLIP)
         moved = sum(self._state.slots[w].moved_out for w in flip.roles) - flip.moved_before
         self._audit.conclude(flip.decided, words)

@@ -71,6 +71,9 @@ def law_0_moves_agree(heard: Heard) -> None:
             incoming.add((other, id_))
         _want(0, record.worker == owner, f"it is not its mover's; {record.story()}")
         _want(0, not record.suspected, f"a suspect moves; {record.story()}")
+    had = heard.state.has_roles
+    heard.state.note_roles()
+    _want(0, had == heard.state.has_roles, f"some worker has a role: {had} is not so")
     told = {(slot.id, id_) for slot in slots.values() for id_ in slot.incoming}
     _want(0, told == incoming, f"incoming: {told ^ incoming}")
     told = {(slot.id, id_) for slot in slots.values() for id_ in slot.leaving}

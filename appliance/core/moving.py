@@ -45,7 +45,8 @@ class Mover:
 
     def step(self, now: float) -> None:
         """Begin the moves that can begin now. Raises `PolicyMistake` for an impossible answer."""
-        self._leave_prefill(now)
+        if self._state.has_roles:
+            self._leave_prefill(now)
         if self._policy.migrate is not None:
             self._balance(now)
 
@@ -56,10 +57,12 @@ class Mover:
             if not slot.assigned:
                 continue
             self._audit_lack(slot, now)
+            others = [each for each in self._with_room() if each is not slot]
+            if not others:
+                continue
             for record in self._movable(slot):
-                if not self._any_room():
-                    return
-                self._move(record, now)
+                if any(each.has_room(record) for each in others):
+                    self._move(record, now)
 
     def _movable(self, slot: WorkerSlot) -> Iterator[RequestRecord]:
         for record in list(slot.assigned.values()):
@@ -67,13 +70,15 @@ class Mover:
             if resting and record.move is None and not record.suspected:
                 yield record
 
-    def _any_room(self) -> bool:
-        """Cheap: asked before anything is weighed."""
-        return any(
-            slot.state is WorkerState.READY
-            and len(slot.assigned) + len(slot.incoming) < slot.max_num_seqs
+    def _with_room(self) -> list[WorkerSlot]:
+        """Workers that may take something. Cheap: asked before anything is weighed."""
+        return [
+            slot
             for slot in self._state.slots.values()
-        )
+            if slot.state is WorkerState.READY
+            and not slot.reserved
+            and len(slot.assigned) + len(slot.incoming) < slot.max_num_seqs
+        ]
 
     def _move(self, record: RequestRecord, now: float) -> None:
         targets = self._state.moves.targets(record, now)

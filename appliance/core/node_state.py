@@ -18,6 +18,7 @@ from appliance.core.types import (
     BlockHash,
     ErrorKind,
     FinishReason,
+    Role,
     WorkerId,
     WorkerSpec,
 )
@@ -76,6 +77,10 @@ class NodeState:
         """Who can copy from whom (bytes per second): target, then source."""
         self.totals = Totals()
         self.moves = MoveBook(self)
+        self.has_roles = False
+        """Whether any worker has, or takes, another role than mixed, or is on standby or about to
+        be. While it is False nothing has to move."""
+        self.note_roles()
         self.num_trials = 0
         """Trials of suspects begun (`appliance.core.isolation`)."""
         self.num_acquitted = 0
@@ -86,9 +91,18 @@ class NodeState:
         """No worker is left that could ever serve again by itself."""
         return all(slot.state is WorkerState.QUARANTINED for slot in self.slots.values())
 
+    def note_roles(self) -> None:
+        """Whoever changes a role, or who is on standby, calls this."""
+        self.has_roles = any(
+            slot.role is not Role.MIXED or slot.next_role is not None or slot.parked
+            for slot in self.slots.values()
+        )
+
     def any_open(self) -> bool:
         """Whether some worker may get a new request. Cheap: asked after every report."""
         ahead, steps = self.config.queue_ahead, self.config.prefill_ahead
+        if not self.has_roles:
+            return any(slot.is_open(ahead, steps) for slot in self.slots.values())
         others: list[WorkerSlot] = []
         largest: float | None = None
         for slot in self.slots.values():
@@ -118,6 +132,12 @@ class NodeState:
                 fits = slot.prefers_prefill and slot.takes(record, now, max_model_len=longest)
                 if fits and slot.is_open(ahead, steps):
                     return [slot]
+        if not self.has_roles:
+            return [
+                slot
+                for slot in self.slots.values()
+                if slot.is_open(ahead, steps) and slot.takes(record, now, max_model_len=longest)
+            ]
         fit = [
             slot
             for slot in self.slots.values()

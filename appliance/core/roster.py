@@ -62,8 +62,10 @@ class Roster:
             self._answer(message.ask, Outcome.REFUSED, reason=wrong)
             return
         slot.parked = True
+        self._state.note_roles()
         if any(too_large(self._state, each.request) for each in self._state.requests.records()):
             slot.parked = False
+            self._state.note_roles()
             words = f"only worker {slot.id} has memory enough for a request that is being served"
             self._answer(message.ask, Outcome.REFUSED, reason=words)
             return
@@ -112,6 +114,7 @@ class Roster:
             ask = Ask(message.ask, decided)
             if slot.state in COMING:
                 slot.parked = False
+                self._state.note_roles()
                 self._coming[slot.id] = ask
             else:
                 self._wake(slot)
@@ -124,6 +127,7 @@ class Roster:
         )
         slot.bad_epochs.clear()
         slot.parked = False
+        self._state.note_roles()
         slot.start_at = now
         self._life.plan()
         self._coming[slot.id] = Ask(ask, decided)
@@ -138,6 +142,7 @@ class Roster:
             return
         decided = self._audit.decide("add", now, by="operator", workers=(spec.id,), trigger="asked")
         slot = self._state.slots[spec.id] = WorkerSlot(spec)
+        self._state.note_roles()
         slot.start_at = now
         self._life.plan()
         self._coming[spec.id] = Ask(message.ask, decided)
@@ -186,6 +191,7 @@ class Roster:
     def _serve_on(self, slot: WorkerSlot, now: float, *, reason: str) -> None:
         ask = self._parking.pop(slot.id)
         slot.parked = False
+        self._state.note_roles()
         slot.touch()
         if slot.state is WorkerState.DRAINING:
             slot.go(WorkerState.READY)
@@ -194,6 +200,7 @@ class Roster:
 
     def _wake(self, slot: WorkerSlot) -> None:
         slot.parked = False
+        self._state.note_roles()
         slot.touch()
         if slot.state is WorkerState.PARKED:
             slot.go(WorkerState.READY)
