@@ -34,8 +34,8 @@ from appliance.modeling.slab_sums import store_sums
 from appliance.modeling.slab_target import SlabTarget
 
 RUN_BYTES = 1 << 20
-BATCH_RUNS = 8
-"""Runs that a thread takes at a time; they lie behind one another in a file."""
+BATCH_RUNS = 64
+"""Runs that a thread takes at a time: they lie behind one another, so the kernel reads ahead."""
 TORCH_DTYPES: Mapping[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -116,12 +116,9 @@ def read_parts(
     batches = [runs[at : at + BATCH_RUNS] for at in range(0, len(runs), BATCH_RUNS)]
     sums = _Sums(target, slab_layout(shape, dtype), runs, itemsize=itemsize) if with_sums else None
     with ExitStack() as stack:
-        reader = _Reader(target, TORCH_DTYPES[dtype], sums)
-        for path in {part.path for part in parts}:
-            reader.files[path] = stack.enter_context(path.open("rb", buffering=0)).fileno()
         run_pieces(
             batches,
-            reader.read,
+            _Reader(target, TORCH_DTYPES[dtype], sums=sums, stack=stack).read,
             num_bytes=sum(run.num_elements for run in runs) * itemsize,
             threads=threads,
             progress=progress,
@@ -163,12 +160,16 @@ class _Sums:
 class _Reader:
     """Reads runs into the slab; shared by the threads."""
 
-    def __init__(self, target: SlabTarget, dtype: torch.dtype, sums: _Sums | None) -> None:
-        self.files: dict[Path, int] = {}
-        """Open descriptors."""
+    def __init__(
+        self, target: SlabTarget, dtype: torch.dtype, *, sums: _Sums | None, stack: ExitStack
+    ) -> None:
+        """`stack` closes the files."""
         self._target = target
         self._dtype = dtype
         self._sums = sums
+        self._stack = stack
+        self._opened = threading.local()
+        """Files opened by each thread: the kernel reads ahead for each opened file by itself."""
 
     def read(self, runs: Sequence[Part]) -> int:
         """Read some runs; the bytes of the slab that they fill."""
@@ -193,10 +194,18 @@ class _Reader:
     def _fill(self, data: memoryview, run: Part) -> None:
         done = 0
         while done < len(data):
-            count = os.preadv(self.files[run.path], [data[done:]], run.offset + done)
+            count = os.preadv(self._file(run.path), [data[done:]], run.offset + done)
             if count == 0:
                 raise WeightError(
                     f"{run.path.name}: ends at byte {run.offset + done} while it is being read; "
                     "it was cut short, fetch it again"
                 )
             done += count
+
+    def _file(self, path: Path) -> int:
+        if not hasattr(self._opened, "files"):
+            self._opened.files = {}
+        files: dict[Path, int] = self._opened.files
+        if path not in files:
+            files[path] = self._stack.enter_context(path.open("rb", buffering=0)).fileno()
+        return files[path]
