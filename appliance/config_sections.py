@@ -17,6 +17,7 @@ Seconds = Annotated[float, Meta(ge=0)]
 Milliseconds = Annotated[float, Meta(gt=0)]
 Budget = Annotated[float, Meta(ge=0)]
 Bytes = Annotated[int, Meta(ge=1, extra={"unit": "bytes"})]
+NoBytes = Annotated[int, Meta(ge=0, extra={"unit": "bytes"})]
 Setting = float | int | str | bool
 
 
@@ -73,6 +74,7 @@ class KvSection(Section, frozen=True, kw_only=True):
     block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
     memory: Bytes | Auto = "auto"
     prefix_cache: bool = True
+    host_memory: NoBytes = 0
 
 
 class BatchSection(Section, frozen=True, kw_only=True):

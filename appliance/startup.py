@@ -55,10 +55,12 @@ class Memory(Record, frozen=True, kw_only=True):
     """One KV block."""
     own: int = 0
     """One worker's own weight slab, where weights are copied."""
+    host: int = 0
+    """One worker's host tier, its index included."""
 
     def total(self, num_workers: int) -> int:
         """All of it."""
-        return self.weights + num_workers * (self.own + self.packed + self.kv)
+        return self.weights + num_workers * (self.own + self.packed + self.kv + self.host)
 
 
 class Kernels(Record, frozen=True, kw_only=True):
@@ -86,6 +88,8 @@ class Plan(Record, frozen=True, kw_only=True):
     num_blocks: int
     memory: Memory
     policy: Policy
+    host_blocks: int = 0
+    """Blocks of each worker's host tier."""
     notes: tuple[str, ...] = ()
     """What the operator should know of how "auto" was decided."""
 
@@ -125,6 +129,9 @@ def make_plan(
     fixed = _fixed_memory(config, devices, checkpoint=checkpoint, dtype=dtype)
     if kernels.native:
         fixed = msgspec.structs.replace(fixed, packed=0)
+    host_blocks = _host_blocks(config, fixed.block)
+    host = pool_bytes(num_blocks=host_blocks, block_bytes=fixed.block) if host_blocks else 0
+    fixed = msgspec.structs.replace(fixed, host=host)
     num_workers = len(devices.workers)
     room = (machine.free_bytes - fixed.total(num_workers)) // num_workers
     max_model_len, num_blocks = _lengths(
@@ -158,6 +165,7 @@ def make_plan(
         num_blocks=num_blocks,
         memory=msgspec.structs.replace(fixed, kv=kv_bytes),
         policy=policy,
+        host_blocks=host_blocks,
         notes=tuple(notes),
     )
     _check_memory(plan)
@@ -276,6 +284,24 @@ def _lengths(
         f"kv.memory{words}: room for {held} tokens, fewer than one sequence of {max_model_len}; "
         f"write kv.memory = {longest * block_bytes}{shorter}"
     )
+
+
+def _host_blocks(config: Config, block_bytes: int) -> int:
+    """Blocks of each worker's host tier; 0: none is wanted."""
+    wanted = config.kv.host_memory
+    if not wanted:
+        return 0
+    if not config.kv.prefix_cache:
+        raise ConfigError(
+            f"kv.host_memory = {wanted} keeps blocks of the prefix cache, which is off; write "
+            "kv.host_memory = 0 or kv.prefix_cache = true"
+        )
+    if wanted < block_bytes:
+        raise ConfigError(
+            f"kv.host_memory = {wanted} bytes: not one block of {block_bytes} fits; write 0 or at "
+            f"least {block_bytes}"
+        )
+    return wanted // block_bytes
 
 
 def _check_memory(plan: Plan) -> None:

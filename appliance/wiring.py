@@ -112,6 +112,7 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
         batcher=plan.batcher,
         block_tokens=config.kv.block_tokens,
         num_blocks=plan.num_blocks,
+        host_blocks=plan.host_blocks,
         dispatcher=dispatcher_config(plan),
         policy=config.policy.name,
         policy_settings=config.policy.settings,

@@ -81,6 +81,21 @@ def test_kv_memory_as_asked_for_is_whole_blocks_of_it() -> None:
     assert found.num_blocks == 64 * 1024**2 // found.memory.block
 
 
+def test_host_memory_is_whole_blocks_of_it_and_counted_for_each_worker() -> None:
+    without, found = plan(), plan(kv={"host_memory": "64MiB"})
+    assert (without.host_blocks, without.memory.host) == (0, 0)
+    assert found.host_blocks == 64 * 1024**2 // found.memory.block
+    more = found.memory.total(2) - without.memory.total(2)
+    assert more == 2 * found.memory.host >= 2 * found.host_blocks * found.memory.block
+
+
+def test_host_memory_that_could_keep_nothing_is_refused_by_name() -> None:
+    off = refused(kv={"host_memory": "64MiB", "prefix_cache": False})
+    assert "kv.host_memory" in off
+    assert "prefix_cache = true" in off
+    assert "not one block" in refused(kv={"host_memory": 16})
+
+
 def test_a_long_context_model_shrinks_to_what_fits_and_says_so(
     tmp_path: Path, tiny_model: Path
 ) -> None:

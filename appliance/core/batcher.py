@@ -17,8 +17,9 @@ changed.
 
 Sequences and cached blocks move between workers (`docs/moves.md`). The source's side is the
 `Exporter`'s, the target's the `Importer`'s, blocks by content the `Fetcher`'s. After *every* call
-the shell takes what was said to others, in this order: it sends the reports to the node, writes
-`drain_index` to the shared index, starts `drain_copies` and `drain_fetches`, sends `drain_peer`.
+the shell takes what was said to others, in this order: it sends the reports to the node, copies
+`drain_spills` to the host tier, writes `drain_index` to the shared index, starts `drain_copies`
+and `drain_fetches`, sends `drain_peer`.
 """
 
 from collections import deque
@@ -26,16 +27,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from appliance.core.accepting import limit_of, why_not
+from appliance.core.announcing import cache_changes
 from appliance.core.blocks import BlockLedger
 from appliance.core.committing import Committer, ProtocolError
 from appliance.core.exporting import Exporter
 from appliance.core.fetching import Fetcher
+from appliance.core.host_tier import HostTier, Spill
 from appliance.core.importing import Importer
 from appliance.core.messages import (
     Abort,
     Aborted,
     Assign,
-    CacheChanged,
     Command,
     Heartbeat,
     LoadWeights,
@@ -102,7 +104,8 @@ class Batcher:
     `fetcher` are for reading (laws, views).
 
     `inherited`: what a predecessor left in the pool (one paged group only). `checksum`: of a block
-    of this worker's pool, for copies that are checked; None: they are not."""
+    of this worker's pool, for copies that are checked; None: they are not. `tier` takes the cached
+    blocks that are evicted (`UnsupportedCacheGroup` where it cannot)."""
 
     def __init__(
         self,
@@ -114,13 +117,14 @@ class Batcher:
         role: Role = Role.MIXED,
         inherited: Inherited | None = None,
         checksum: Callable[[BlockId], int] | None = None,
+        tier: HostTier | None = None,
     ) -> None:
         self.worker = worker
         self.config = config
         self.role = role
         self.role_epoch = 0
         self.ledger = BlockLedger(
-            groups, prefix_cache=config.enable_prefix_cache, inherited=inherited
+            groups, prefix_cache=config.enable_prefix_cache, inherited=inherited, tier=tier
         )
         self.queues = queues = Queues(config, self.ledger)
         self._reports: list[Report] = []
@@ -185,18 +189,7 @@ class Batcher:
 
     def load(self) -> WorkerLoad:
         """Blocks of all cache groups together, and the queues, as of now."""
-        queues = self.queues
-        counts = self.ledger.counts()
-        return WorkerLoad(
-            blocks_total=counts.total,
-            blocks_free=counts.free,
-            blocks_cached=counts.cached,
-            blocks_held=counts.held,
-            blocks_leased=counts.leased,
-            queued=len(queues.waiting) + queues.num_blocked,
-            running=len(queues.running) - queues.num_over,
-            backlog_tokens=queues.backlog_tokens,
-        )
+        return self.queues.load()
 
     # --- commands -------------------------------------------------------------------------------
 
@@ -447,12 +440,13 @@ class Batcher:
         the copies that were drained with it begin."""
         return self.ledger.drain_index()
 
+    def drain_spills(self) -> tuple[Spill, ...]:
+        """Blocks to be copied into the host tier, before anything of `drain_index` is written."""
+        return () if self.ledger.tier is None else self.ledger.tier.drain_spills()
+
     def announce(self) -> list[Report]:
         """Changes of the cache that no report told; after `WorkerUp`, what the pool holds."""
-        added, removed = self.ledger.drain_changes()
-        if not added and not removed:
-            return []
-        return [CacheChanged(worker=self.worker, added=added, removed=removed)]
+        return cache_changes(self.worker, self.ledger)
 
     # --- steps ----------------------------------------------------------------------------------
 

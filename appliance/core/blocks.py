@@ -18,6 +18,7 @@ when it says so, and that a table is closed only when no planned step can touch 
 
 from collections.abc import Mapping, Sequence
 
+from appliance.core.host_tier import HostTier
 from appliance.core.peer import IndexChanges, Inherited
 from appliance.core.pool import GroupCounts, Pool
 from appliance.core.types import BlockHash, BlockId, CacheGroupSpec, Record, RequestId
@@ -115,7 +116,9 @@ class BlockLedger:
         *,
         prefix_cache: bool = True,
         inherited: Inherited | None = None,
+        tier: HostTier | None = None,
     ) -> None:
+        """`tier` takes what is evicted."""
         _check(groups)
         if inherited is not None:
             inherited = _usable(inherited, groups, prefix_cache=prefix_cache)
@@ -126,6 +129,15 @@ class BlockLedger:
         self._paged = tuple(pool for pool in self.pools if pool.window is None)
         self._advertised = (self._paged or self.pools)[0]
         self._leases: dict[RequestId, Lease] = {}
+        self.tier = tier
+        if tier is not None:
+            if not self.is_paged or not prefix_cache:
+                raise UnsupportedCacheGroup(
+                    "a host tier (kv.host_memory) keeps the prefix cache of one paged cache group; "
+                    f"here are {[(spec.name, spec.kind) for spec in groups]} with the prefix cache "
+                    f"{'on' if prefix_cache else 'off'}: write kv.host_memory = 0"
+                )
+            self.pools[0].tier = tier
 
     # --- accounts -------------------------------------------------------------------------------
 

@@ -10,16 +10,16 @@ once, and is answered when nothing is being written any more. What came is kept 
 """
 
 from appliance.core.blocks import BlockTable
-from appliance.core.messages import Aborted, Assign, PrefixPulled, Report
+from appliance.core.messages import HOST_TIER, Aborted, Assign, PrefixPulled, Report
 from appliance.core.peer import FetchDone, FetchJob
 from appliance.core.sequence import LiveSequence, Queues
-from appliance.core.types import RequestId, WorkerId
+from appliance.core.types import BlockHash, RequestId, WorkerId
 
 
 class Fetch:
     """Blocks on their way into the cache, for the sake of one sequence."""
 
-    __slots__ = ("answer_abort", "num_hits", "peer", "seq", "table", "wanted")
+    __slots__ = ("answer_abort", "held", "num_hits", "peer", "seq", "table", "wanted")
 
     def __init__(
         self, seq: LiveSequence, peer: WorkerId, *, table: BlockTable, num_hits: int
@@ -30,6 +30,8 @@ class Fetch:
         self.num_hits = num_hits
         self.wanted = table.num_blocks - num_hits
         self.answer_abort = False
+        self.held: tuple[BlockHash, ...] = ()
+        """What stays in the host tier until it is read."""
 
 
 class Fetcher:
@@ -76,6 +78,7 @@ class Fetcher:
             return False
         most = min(command.pull_blocks, len(seq.hashes), (seq.num_known - 1) // ledger.block_tokens)
         hits = ledger.lookup(seq.hashes, most)
+        tier = ledger.tier if peer == HOST_TIER else None
         wanted = max(0, most - hits)
         reason = ""
         if not ledger.prefix_cache or not ledger.is_paged:
@@ -84,13 +87,22 @@ class Fetcher:
             seq.hashes, hits, num_blocks=most, spare=queues.promised()
         ):
             reason = "there is no room"
+        elif wanted and tier is not None:
+            there = tier.find(seq.hashes[hits:most])
+            most = hits + there
+            if not there:
+                reason = "it is not in host memory any more"
         if reason or not wanted:
             self._report(seq.id, peer, wanted=wanted, done=None, reason=reason)
             return False
+        held = () if tier is None else tuple(seq.hashes[hits:most])
+        if tier is not None:
+            tier.hold(held)  # what is evicted for the sake of it cannot take its place
         table = ledger.open(seq.hashes, hits)
-        ledger.grow(table, wanted)
+        ledger.grow(table, most - hits)
         queues.enter_blocked(seq)
-        self._fetches[seq.id] = Fetch(seq, peer, table=table, num_hits=hits)
+        fetch = self._fetches[seq.id] = Fetch(seq, peer, table=table, num_hits=hits)
+        fetch.held = held
         self._jobs.append(
             FetchJob(
                 request_id=seq.id,
@@ -112,6 +124,8 @@ class Fetcher:
         if fetch is None or done.num_blocks > fetch.wanted:
             return False
         seq, ledger = fetch.seq, self._ledger
+        if ledger.tier is not None and fetch.held:
+            ledger.tier.release(fetch.held)
         ledger.register(fetch.table, seq.hashes, fetch.num_hits + done.num_blocks)
         ledger.close(fetch.table)
         if fetch.answer_abort:

@@ -294,11 +294,14 @@ class LinkDown(Tagged, frozen=True, kw_only=True):
 
 
 class CacheChanged(Tagged, frozen=True, kw_only=True):
-    """Full blocks that can be found by hash since the last report, and those that no longer can."""
+    """Full blocks that can be found by hash since the last report, and those that no longer can: in
+    the pool, and in the worker's host tier."""
 
     worker: WorkerId
     added: tuple[BlockHash, ...] = ()
     removed: tuple[BlockHash, ...] = ()
+    tier_added: tuple[BlockHash, ...] = ()
+    tier_removed: tuple[BlockHash, ...] = ()
 
 
 class Refused(Tagged, frozen=True, kw_only=True):

@@ -225,6 +225,6 @@ class Mover:
 
     def prefix_pulled(self, slot: WorkerSlot, report: PrefixPulled) -> None:
         """Cached blocks were copied: learn what that costs."""
-        speed = self._state.links.get(slot.id, {}).get(report.source)
+        speed = self._state.copy_speed(slot, report.source)
         if speed is not None:
             self._state.cost.observe_copy(report, speed)

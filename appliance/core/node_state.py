@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from appliance.core.cost import CostModel
 from appliance.core.lifecycle import RequestState, WorkerState
-from appliance.core.messages import Abort, Assign, Ended, Output
+from appliance.core.messages import HOST_TIER, Abort, Assign, Ended, Output
 from appliance.core.move_book import MoveBook
 from appliance.core.node_config import DispatcherConfig
 from appliance.core.node_view import DispatcherView
@@ -55,6 +55,10 @@ class Totals:
             self.met += 1
         else:
             self.missed += 1
+
+
+HOST_BYTES_PER_SECOND = 10e9
+"""Of a copy from a worker's host tier while no link says how fast memory is."""
 
 
 class NodeState:
@@ -154,15 +158,23 @@ class NodeState:
 
     def prefix_plan(self, slot: WorkerSlot, hashes: Sequence[BlockHash]) -> PrefixPlan:
         """What of a prompt with these blocks `slot` has, and where to copy more from if that is
-        cheaper than to compute it."""
+        cheaper than to compute it: a peer, or its own host tier."""
         local = slot.cached_blocks(hashes)
         config, cost = self.config, self.cost
         peers = self.links.get(slot.id)
-        if not peers or not config.prefix_pull or not config.block_bytes or local == len(hashes):
+        if not (peers or slot.tier) or not config.block_bytes or local == len(hashes):
             return PrefixPlan(local_blocks=local)
+        sources: list[tuple[WorkerId, int, float]] = []
+        if slot.tier:
+            speed = self.copy_speed(slot, HOST_TIER) or HOST_BYTES_PER_SECOND
+            sources.append((HOST_TIER, slot.tier_blocks(hashes, local), speed))
+        if peers and config.prefix_pull:
+            sources += [
+                (peer, self.slots[peer].cached_blocks(hashes), speed)
+                for peer, speed in peers.items()
+            ]
         best: tuple[float, WorkerId, int, float] | None = None
-        for peer, speed in peers.items():
-            blocks = self.slots[peer].cached_blocks(hashes)
+        for peer, blocks, speed in sources:
             if blocks <= local:
                 continue
             copy = cost.copy_seconds((blocks - local) * config.block_bytes, speed)
@@ -173,6 +185,14 @@ class NodeState:
             return PrefixPlan(local_blocks=local)
         _, peer, blocks, copy = best
         return PrefixPlan(local_blocks=local, pull_from=peer, pull_blocks=blocks, copy_seconds=copy)
+
+    def copy_speed(self, slot: WorkerSlot, source: WorkerId) -> float | None:
+        """Bytes per second from `source` to this worker; None where there is no link. Its own host
+        tier is as fast as its fastest link, of which each is a copy from memory too."""
+        peers = self.links.get(slot.id, {})
+        if source == HOST_TIER:
+            return max(peers.values(), default=HOST_BYTES_PER_SECOND)
+        return peers.get(source)
 
     def able(self, suspect: RequestRecord, now: float) -> list[WorkerSlot]:
         """Ready workers, full ones too, that a suspect may be brought to."""

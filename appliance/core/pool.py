@@ -13,6 +13,7 @@ is both in a table and pinned counts as held. All operations but `drain_index` a
 
 from collections import OrderedDict
 
+from appliance.core.host_tier import HostTier
 from appliance.core.peer import IndexChanges, Inherited
 from appliance.core.types import BlockHash, BlockId, CacheGroupSpec, Record
 
@@ -46,6 +47,7 @@ class Pool:
         "owners",
         "pins",
         "spec",
+        "tier",
         "window",
     )
 
@@ -54,6 +56,8 @@ class Pool:
         cached, the first one being the oldest."""
         size = spec.num_blocks
         self.spec = spec
+        self.tier: HostTier | None = None
+        """Where blocks go that are evicted; None: nowhere."""
         self.window = spec.window if spec.kind == "window" else None
         """Positions that a token sees, itself included; None: all."""
         self.free: list[BlockId] = list(range(size - 1, -1, -1))
@@ -192,6 +196,8 @@ class Pool:
         content = self.hash_of[block]
         if content is None:
             return
+        if self.tier is not None:
+            self.tier.spill(block, content)
         self.hash_of[block] = None
         del self.block_of[content]
         if self.changes.pop(content, None) is None:

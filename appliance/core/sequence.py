@@ -26,7 +26,15 @@ from bisect import bisect_left, insort
 from enum import Enum, auto
 
 from appliance.core.blocks import BlockLedger, BlockTable
-from appliance.core.types import BatcherConfig, BlockHash, Phase, Request, RequestId, Slo
+from appliance.core.types import (
+    BatcherConfig,
+    BlockHash,
+    Phase,
+    Request,
+    RequestId,
+    Slo,
+    WorkerLoad,
+)
 
 
 class SeqState(Enum):
@@ -232,6 +240,20 @@ class Queues:
         if seq.capacity < seq.limit - 1:
             for group in range(len(spare)):
                 spare[group] += 1
+
+    def load(self) -> WorkerLoad:
+        """Blocks of all cache groups together, and the queues, as of now."""
+        counts = self.ledger.counts()
+        return WorkerLoad(
+            blocks_total=counts.total,
+            blocks_free=counts.free,
+            blocks_cached=counts.cached,
+            blocks_held=counts.held,
+            blocks_leased=counts.leased,
+            queued=len(self.waiting) + self.num_blocked,
+            running=len(self.running) - self.num_over,
+            backlog_tokens=self.backlog_tokens,
+        )
 
     def promised(self) -> list[int]:
         """Blocks per cache group that those who run will need, and who comes new must leave."""

@@ -43,6 +43,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     batcher: BatcherConfig
     block_tokens: int
     num_blocks: int
+    host_blocks: int = 0
+    """Blocks of the host tier; 0: there is none."""
     has_weights_fd: bool
     role: Role = Role.MIXED
     load_weights: bool

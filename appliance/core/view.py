@@ -48,6 +48,8 @@ class WorkerView(Record, frozen=True, kw_only=True):
     """Requests of other workers that it pulls."""
     leased: int = 0
     """Sequences that stopped here and whose KV it keeps for a peer."""
+    tier_blocks: int = 0
+    """Blocks in its host tier."""
     role_since: float = 0.0
     """When it took its role."""
     next_role: Role | None = None

@@ -89,6 +89,8 @@ class WorkerSlot:
         self.changes = 0
         """Counts what may change a refusal: a request that left, a new incarnation."""
         self.cached: set[BlockHash] = set()
+        self.tier: set[BlockHash] = set()
+        """Blocks in its host tier."""
         self.reserved = False
         self.up_at: float | None = None
         """When this incarnation came up."""
@@ -144,6 +146,7 @@ class WorkerSlot:
         self.go(WorkerState.DEAD)
         self.load = NO_LOAD
         self.cached.clear()
+        self.tier.clear()
         self.leased.clear()
         self.reserved = False
         self.moves_refused = 0
@@ -161,6 +164,10 @@ class WorkerSlot:
         """Blocks that can now be found there, and those that no longer can."""
         self.cached.difference_update(report.removed)
         self.cached.update(report.added)
+        self.tier.difference_update(report.tier_removed)
+        self.tier.update(report.tier_added)
+        if report.tier_added or report.tier_removed:
+            self._view = None
 
     def cached_blocks(self, hashes: Sequence[BlockHash]) -> int:
         """Leading blocks of `hashes` believed to be there."""
@@ -171,6 +178,15 @@ class WorkerSlot:
             if name not in cached:
                 return index
         return len(hashes)
+
+    def tier_blocks(self, hashes: Sequence[BlockHash], local: int) -> int:
+        """Leading blocks of `hashes` that are there when the first `local` ones are, and those that
+        follow come from its host tier."""
+        tier, num_blocks = self.tier, local
+        if tier:
+            while num_blocks < len(hashes) and hashes[num_blocks] in tier:
+                num_blocks += 1
+        return num_blocks
 
     def missing_tokens(self, record: RequestRecord, num_blocks: int) -> int:
         """Tokens to prefill if the request came here and had KV of its first `num_blocks` blocks;
@@ -248,6 +264,7 @@ class WorkerSlot:
                 reserved=self.reserved,
                 incoming=len(self.incoming),
                 leased=len(self.leased),
+                tier_blocks=len(self.tier),
                 role_since=self.role_since,
                 next_role=self.next_role,
             )

@@ -138,6 +138,7 @@ def _worker(node: "Node", view: WorkerView, now: float) -> dict[str, Any]:
             "held": load.blocks_held,
             "leased": load.blocks_leased,
         },
+        "host_tier_blocks": view.tier_blocks,
         "tokens": {"prefill": stats.prefill_tokens, "decode": stats.decode_tokens},
         "queued": load.queued,
         "running": load.running,

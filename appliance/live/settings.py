@@ -36,6 +36,8 @@ class NodeSettings(Record, frozen=True, kw_only=True):
     policy_settings: Mapping[str, float | int | str | bool] = {}
     role_settings: Mapping[str, float | int | str | bool] | None = None
     """Of the controller of roles; None: there is none."""
+    host_blocks: int = 0
+    """Blocks of each worker's host tier; 0: there is none."""
     profile: str = ""
     threads: int = 1
     native: str = "auto"
@@ -69,6 +71,7 @@ class NodeSettings(Record, frozen=True, kw_only=True):
             batcher=self.batcher,
             block_tokens=self.block_tokens,
             num_blocks=self.num_blocks,
+            host_blocks=self.host_blocks,
             has_weights_fd=self.pool.weight_bytes > 0,
             load_weights=load_weights,
             role=role,

@@ -28,7 +28,9 @@ from dataclasses import dataclass
 from typing import Never
 
 from appliance.core.batcher import Batcher
+from appliance.core.blocks import UnsupportedCacheGroup
 from appliance.core.faults import FaultPlan
+from appliance.core.host_tier import HostTier
 from appliance.core.kv_layout import index_offset
 from appliance.core.messages import Refused, WeightsLoaded, WorkerUp
 from appliance.core.start import WorkerStart
@@ -38,6 +40,7 @@ from appliance.policy import make_policy
 from appliance.worker.channel import Channel, Heart, NodeGone, Progress, receive_start
 from appliance.worker.engine import Engine, EngineError
 from appliance.worker.fault_actions import FaultPoints
+from appliance.worker.host_memory import HostMemory
 from appliance.worker.kv_index import OwnIndex, map_own_index
 from appliance.worker.links import Links
 from appliance.worker.loop import StepLoop
@@ -128,6 +131,7 @@ class _Worker:
             role=start.role,
             inherited=None if pool is None else pool.ties.index.inherited,
             checksum=pool.transfer.checksum if pool is not None and start.validate else None,
+            tier=make_tier(start),
         )
         loop = StepLoop(
             start,
@@ -250,9 +254,11 @@ def open_pool_ties(
     """Open the index of the engine's pool, and the links channel. None when the record came without
     one: a worker without peers. The descriptors stay open.
 
-    Raises `IndexMismatch`."""
+    Raises `IndexMismatch`, and `ValueError` or `OSError` when there can be no host tier."""
     place = _kv_place(start)
     if len(fds) <= place + 1:
+        if start.host_blocks:
+            raise ValueError("a host tier (kv.host_memory) needs the links channel")
         return None
     num_blocks, block_bytes = start.num_blocks, opened.block_bytes
     offset = index_offset(num_blocks=num_blocks, block_bytes=block_bytes)
@@ -262,7 +268,17 @@ def open_pool_ties(
     channel = socket.socket(fileno=os.dup(fds[place + 1]))
     links = Links(channel, transfer, refuses=faults.refuses)
     mover = Mover(checksum=transfer.checksum, faults=faults)
-    return PoolTies(Ties(index=index, links=links, mover=mover), transfer)
+    host = None
+    if start.host_blocks:
+        host = HostMemory(
+            opened.memory, num_blocks=num_blocks, block_bytes=block_bytes, slots=start.host_blocks
+        )
+    return PoolTies(Ties(index=index, links=links, mover=mover, host=host), transfer)
+
+
+def make_tier(start: WorkerStart) -> HostTier | None:
+    """The books of the host tier, if there is one."""
+    return HostTier(start.host_blocks) if start.host_blocks else None
 
 
 def _kv_place(start: WorkerStart) -> int:
@@ -285,7 +301,7 @@ def last_line(start: WorkerStart, error: Exception) -> str:
         what = what.removesuffix(".")
         advice = "" if "lower " in what else "; lower [kv] memory or [batch] max_batch_tokens"
         return f"{who}: {what}{advice}"
-    if isinstance(error, EngineError | OSError | ValueError):
+    if isinstance(error, EngineError | OSError | ValueError | UnsupportedCacheGroup):
         return f"{who}: {what}"
     return f"{who}: {type(error).__name__}: {what}; a defect, please report the traceback above"
 

@@ -21,6 +21,7 @@ from typing import Protocol
 
 from appliance.core.batcher import Batcher
 from appliance.core.messages import (
+    HOST_TIER,
     Aborted,
     Command,
     KvPulled,
@@ -55,10 +56,12 @@ from appliance.core.types import BlockHash, ErrorKind, MoveId, RequestId, Worker
 from appliance.worker.arrivals import Arrival, Arrivals
 from appliance.worker.engine import Engine
 from appliance.worker.fault_actions import FaultPoints
+from appliance.worker.host_memory import HostMemory
 from appliance.worker.kv_index import OwnIndex
 from appliance.worker.links import Heard, Links, Lost, News, Opened, Ready
 from appliance.worker.mover import Done, Mover, Probed
 from appliance.worker.sequence_state import ServedSequence
+from appliance.worker.transfer import PeerPool
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ class Ties:
     index: OwnIndex
     links: Links
     mover: Mover
+    host: HostMemory | None = None
+    """Of the host tier; None: there is no tier."""
 
 
 class Host(Protocol):
@@ -255,7 +260,11 @@ class Moves:
                 pass
 
     def write_index(self) -> None:
-        """Let the shared index say what the Batcher has done to blocks."""
+        """Save what is about to be overwritten to the host tier, then let the shared index say what
+        the Batcher has done to blocks."""
+        spills = self._batcher.drain_spills()
+        if spills and self._ties is not None and self._ties.host is not None:
+            self._ties.host.keep(spills)
         changes = self._batcher.drain_index()
         if self._ties is not None and (changes.taken or changes.named):
             self._ties.index.apply(changes)
@@ -316,19 +325,27 @@ class Moves:
         self._host.tell(self._batcher.copied(done, self._clock()))
 
     def _fetch(self, job: FetchJob) -> None:
-        pool = None if self._ties is None else self._ties.links.pool(job.peer)
+        pool = self._pool_of(job.peer)
         if self._ties is not None and pool is not None:
             self._ties.mover.fetch(job, pool)
             return
+        whose = "the host tier" if job.peer == HOST_TIER else f"worker {job.peer}"
         done = FetchDone(
             request_id=job.request_id,
             num_blocks=0,
             num_bytes=0,
             seconds=0.0,
             path="none",
-            reason=f"the pool of worker {job.peer} is not here",
+            reason=f"the pool of {whose} is not here",
         )
         self._host.tell(self._batcher.fetched(done, self._clock()))
+
+    def _pool_of(self, peer: WorkerId) -> PeerPool | None:
+        if self._ties is None:
+            return None
+        if peer == HOST_TIER:
+            return None if self._ties.host is None else self._ties.host.pool
+        return self._ties.links.pool(peer)
 
     def _refused(self, command: Command, request_id: RequestId | None = None) -> Refused:
         return Refused(

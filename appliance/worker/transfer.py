@@ -99,28 +99,20 @@ class SharedMemoryTransfer:
         return zlib.crc32(self._blocks[block])
 
 
-class SharedPool:
-    """A peer's pool, mapped for reading. The mapping lives as long as this object is used."""
+class LocalPool:
+    """Blocks with their index in memory of this process, of which another part is our own pool."""
 
-    path = "shared memory"
+    path = "host memory"
 
-    def __init__(self, own: Bytes, peer: PeerUp, fd: int) -> None:
-        """`own` is `[num_blocks, block_bytes]`. Raises `IndexMismatch`, `OSError`."""
-        num_blocks, self.block_bytes = peer.num_blocks, peer.block_bytes
-        needed = peer.index_offset + index_bytes(num_blocks)
-        available = os.fstat(fd).st_size
-        if peer.index_offset < num_blocks * self.block_bytes or available < needed:
-            raise IndexMismatch(
-                f"the pool of worker {peer.peer} has {available} bytes, its {num_blocks} blocks "
-                f"and index need {needed}"
-            )
-        mapped = mmap.mmap(fd, needed, mmap.MAP_SHARED, mmap.PROT_READ)
-        memory = memoryview(mapped)
-        self._theirs: Bytes = np.frombuffer(memory[: num_blocks * self.block_bytes], np.uint8)
+    def __init__(
+        self, own: Bytes, memory: memoryview, *, num_blocks: int, block_bytes: int, index_at: int
+    ) -> None:
+        """`own` is our pool, whole blocks; the index begins at byte `index_at` of `memory`. Raises
+        `IndexMismatch`."""
+        self.block_bytes = block_bytes
+        self._theirs: Bytes = np.frombuffer(memory[: num_blocks * block_bytes], np.uint8)
         self._ours = own.reshape(-1)
-        self._index = PeerIndex(
-            memory[peer.index_offset :], num_blocks=num_blocks, block_bytes=self.block_bytes
-        )
+        self._index = PeerIndex(memory[index_at:], num_blocks=num_blocks, block_bytes=block_bytes)
 
     def probe(self) -> float:
         """See `PeerPool`. Makes the page tables too, which the first copies would pay for."""
@@ -164,6 +156,31 @@ class SharedPool:
     def find(self, hashes: Sequence[BlockHash]) -> tuple[list[BlockId], list[int]]:
         """See `PeerPool`."""
         return self._index.find(hashes)
+
+
+class SharedPool(LocalPool):
+    """A peer's pool, mapped for reading. The mapping lives as long as this object is used."""
+
+    path = "shared memory"
+
+    def __init__(self, own: Bytes, peer: PeerUp, fd: int) -> None:
+        """`own` is `[num_blocks, block_bytes]`. Raises `IndexMismatch`, `OSError`."""
+        num_blocks, size = peer.num_blocks, peer.block_bytes
+        needed = peer.index_offset + index_bytes(num_blocks)
+        available = os.fstat(fd).st_size
+        if peer.index_offset < num_blocks * size or available < needed:
+            raise IndexMismatch(
+                f"the pool of worker {peer.peer} has {available} bytes, its {num_blocks} blocks "
+                f"and index need {needed}"
+            )
+        mapped = mmap.mmap(fd, needed, mmap.MAP_SHARED, mmap.PROT_READ)
+        super().__init__(
+            own,
+            memoryview(mapped),
+            num_blocks=num_blocks,
+            block_bytes=size,
+            index_at=peer.index_offset,
+        )
 
 
 Indices = npt.NDArray[np.int64]

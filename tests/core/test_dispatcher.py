@@ -5,8 +5,10 @@ import pytest
 from appliance.core.dispatcher import PolicyMistake
 from appliance.core.lifecycle import RequestState, WorkerState
 from appliance.core.messages import (
+    HOST_TIER,
     Abort,
     Aborted,
+    Assign,
     CacheChanged,
     Ended,
     Heartbeat,
@@ -101,6 +103,32 @@ def test_a_dead_workers_cache_is_forgotten() -> None:
     node.hear(CacheChanged(worker=WorkerId(0), added=(11,)))
     node.down(0)
     assert node.core.view.cached_blocks(WorkerId(0), (11,)) == 0
+
+
+def test_a_workers_own_host_tier_is_copied_from_where_that_is_cheaper() -> None:
+    node = Node(2, block_bytes=1000)
+    node.cache(1, (11,))
+    tier = (12, 13, 14, 15, 16, 17, 18, 19)
+    node.hear(CacheChanged(worker=WorkerId(1), tier_added=tier))
+    plan = node.core.view.prefix_plan(WorkerId(1), (11, *tier, 99))
+    assert (plan.local_blocks, plan.pull_from, plan.pull_blocks) == (1, HOST_TIER, 9)
+    assert plan.copy_seconds == pytest.approx(1e-3 + 8 * 1000 / 10e9)
+    assert node.core.view.prefix_plan(WorkerId(0), (11, *tier)).num_blocks == 0
+    assert node.core.view.prefix_plan(WorkerId(1), (98, *tier)).num_blocks == 0
+    said = node.arrive(1, prompt=150, prefix_hashes=(11, *tier))
+    (assign,) = [each for each in said if isinstance(each, Assign)]
+    assert (assign.worker, assign.pull_from, assign.pull_blocks) == (1, HOST_TIER, 9)
+    assert node.core.view.workers[WorkerId(1)].tier_blocks == 8
+    node.hear(CacheChanged(worker=WorkerId(1), tier_removed=tier[:4]))
+    assert node.core.view.prefix_plan(WorkerId(1), (11, *tier)).pull_from is None
+    node.down(1)
+    assert node.core.view.workers[WorkerId(1)].tier_blocks == 0
+
+
+def test_a_host_tier_is_too_slow_for_what_is_quickly_computed() -> None:
+    node = Node(1, block_bytes=10**9)
+    node.hear(CacheChanged(worker=WorkerId(0), tier_added=(11, 12)))
+    assert node.core.view.prefix_plan(WorkerId(0), (11, 12)).num_blocks == 0
 
 
 def test_late_binding_a_worker_takes_what_it_can_run_and_a_little_more() -> None:

@@ -72,6 +72,7 @@ REPORTS: list[messages.Report] = [
         ),
     ),
     CacheChanged(worker=WorkerId(3), added=(2**64 - 1,), removed=(5,)),
+    CacheChanged(worker=WorkerId(3), tier_added=(2**64 - 1,), tier_removed=(5,)),
     Heartbeat(worker=WorkerId(3), step=9),
 ]
 

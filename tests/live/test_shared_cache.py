@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from appliance.core.asks import Outcome
+from appliance.core.messages import HOST_TIER
 from appliance.core.types import Role, WorkerId
 from appliance.live.node import Node
 from tests.live.node_kit import make_settings, running, settled, submit, until
@@ -96,3 +97,19 @@ async def test_an_answer_that_was_computed_elsewhere_is_not_computed_again() -> 
             if turn:
                 assert new_tokens <= 20 + 16, f"turn {turn} computed {new_tokens} tokens"
             ids += [*answer.tokens, *range(100 + 20 * turn, 120 + 20 * turn)]
+
+
+async def test_R10_what_was_evicted_comes_back_from_host_memory() -> None:
+    """Two prompts that do not fit into the pool together, each asked for again."""
+    settings = make_settings(num_workers=1, num_blocks=40, max_model_len=640)
+    async with running(msgspec.structs.replace(settings, host_blocks=256)) as node:
+        prompts = [f"{name} {PROMPT}" for name in ("one", "two")]
+        answers = [await served(node, prompt) for prompt in prompts]
+        assert [cached for cached, _ in answers] == [0, 0]
+        assert worker(node, 0)["host_tier_blocks"] > 0
+        for prompt, (_, tokens) in zip(prompts, answers, strict=True):
+            cached, again = await served(node, prompt)
+            assert cached >= 16 * 8
+            assert again == tokens
+        paths = {(path, source) for _, path, source, _, _ in node.moves.counts()}
+        assert paths == {("host memory", HOST_TIER)}

@@ -25,7 +25,7 @@ from appliance.policy import make_policy
 from appliance.worker.channel import Channel, Progress, receive_start
 from appliance.worker.fault_actions import FaultPoints
 from appliance.worker.loop import StepLoop
-from appliance.worker.main import OpenedEngine, open_engine, open_pool_ties
+from appliance.worker.main import OpenedEngine, make_tier, open_engine, open_pool_ties
 from appliance.worker.text import TokenText
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +121,7 @@ def serve_in_thread(end: End, wrap: Wrap) -> None:
             policy=make_policy("fcfs", {}).batch,
             inherited=pool.ties.index.inherited,
             checksum=pool.transfer.checksum,
+            tier=make_tier(start),
         )
         end.engine = opened
         loop = end.loop = StepLoop(
