@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Protocol
 
 from appliance.core.model_shape import (
-    SUM_CHUNK_BYTES,
     DType,
     ModelShape,
     SlabLayout,
@@ -38,6 +37,8 @@ from appliance.modeling.slab_sums import bad_chunk, digest_of_sums, sample_of
 from appliance.modeling.slab_target import SlabTarget
 
 COPY_BYTES = 8 << 20
+CHECK_CHUNKS = 32
+"""That a thread checks at a time."""
 
 
 def no_fault(_: str) -> None:
@@ -228,12 +229,12 @@ def check_copy(receiver: Receiver, *, sums: str) -> str:
     looked = chunks if receiver.full_check else sample_of(layout, seed=receiver.seed)
     bad: list[int] = []
 
-    def look(chunk: int) -> int:
-        if bad_chunk(view, layout, chunk):
-            bad.append(chunk)
-        return SUM_CHUNK_BYTES
+    def look(some: Sequence[int]) -> int:
+        bad.extend(chunk for chunk in some if bad_chunk(view, layout, chunk))
+        return len(some)
 
-    run_pieces(looked, look, num_bytes=layout.sums - layout.header, threads=receiver.threads)
+    batches = [looked[at : at + CHECK_CHUNKS] for at in range(0, len(looked), CHECK_CHUNKS)]
+    run_pieces(batches, look, num_bytes=len(looked), threads=receiver.threads)
     if bad:
         place = layout.chunk(min(bad))
         raise WeightError(
