@@ -80,7 +80,7 @@ def square(now: float) -> Mix:
 
 
 def ramp(now: float) -> Mix:
-    return Mix(1 + 11 * now / 120, 1000, 150)
+    return Mix(1 + 11 * min(now, 100.0) / 120, 1000, 150)
 
 
 def noise(now: float) -> Mix:
@@ -97,7 +97,7 @@ def run(
     for controller in ({}, None):
         node = VirtualNode(roles, controller=controller, slo=SLO)
         node.serve(mix, seconds=seconds, seed=seed)
-        assert len(node.ended) == len(node.lengths)
+        assert len(node.ended) + node.num_turned_away == len(node.lengths)
         nodes.append(node)
     return nodes[0], nodes[1]
 

@@ -21,6 +21,7 @@ from appliance.core.messages import (
     Output,
     Prefilled,
     Pull,
+    Reject,
     Release,
     Released,
     Report,
@@ -332,6 +333,9 @@ class VirtualNode:
 
     @property
     def attainment(self) -> float:
-        """Share of the answers that met their targets."""
-        traffic = self.core.view.traffic
-        return traffic.met / max(1, traffic.met + traffic.missed)
+        """Share of what arrived that was answered within its targets."""
+        return self.core.view.traffic.met / max(1, len(self.lengths))
+
+    @property
+    def num_turned_away(self) -> int:
+        return sum(isinstance(output, Reject) for output in self.said)
