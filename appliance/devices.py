@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from appliance.config import ConfigError
+from appliance.core.profiles import DEFAULT_PROFILE, device_profile
 from appliance.core.types import Record, WorkerId, WorkerSpec
-from appliance.worker.profiles import DEFAULT_PROFILE, device_profile
 
 MAX_WORKERS = 64
 _COUNTED = re.compile(r"(cpu|paced)(?::(\d+))?(?:@([\w.-]+))?")

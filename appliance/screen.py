@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from appliance import __version__
+from appliance.core.profiles import device_profile
 from appliance.staff import has_controller
 from appliance.startup import Plan, shown_bytes
-from appliance.worker.profiles import device_profile
 
 
 class Screen:

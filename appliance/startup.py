@@ -22,6 +22,7 @@ import msgspec
 from appliance.config import Config, ConfigError, bundled_models
 from appliance.core.kv_layout import INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, pool_bytes
 from appliance.core.model_shape import PAGE_BYTES, DType, parse_dtype, slab_bytes
+from appliance.core.profiles import KV_SLOT_BYTES, device_profile
 from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, Record
 from appliance.devices import DevicePlan
@@ -29,7 +30,6 @@ from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
 from appliance.staff import has_controller, notes_on_roles, staffed
 from appliance.worker.native.build import NativeUnavailable, check_threads, ensure_built
-from appliance.worker.profiles import KV_SLOT_BYTES, device_profile
 
 AUTO_KV_BYTES = 256 * 1024**2
 AUTO_KV_SHARE = 0.25

@@ -11,10 +11,10 @@ import pytest
 from appliance.config import Config, ConfigError, load
 from appliance.core.kv_layout import index_bytes
 from appliance.core.model_shape import kv_slab_bytes, slab_bytes
+from appliance.core.profiles import PROFILES
 from appliance.devices import plan_devices
 from appliance.live.checkpoint import CheckpointError
 from appliance.startup import Machine, Plan, make_plan, read_machine, shown_bytes
-from appliance.worker.profiles import PROFILES
 
 GIB = 1024**3
 

@@ -26,15 +26,15 @@ import msgspec
 
 from appliance.core.messages import Assign, Report, StepReported, WorkerUp
 from appliance.core.payload import Sampling, SequenceState, StepOutputs
-from appliance.core.start import WorkerStart
-from appliance.core.types import BatcherConfig, Record, Request, RequestId, WorkerId
-from appliance.core.wire import FrameBuffer, command_codec, report_codec
-from appliance.worker.profiles import (
+from appliance.core.profiles import (
     DEFAULT_PROFILE,
     Profile,
     device_profile,
     paced_kv_slab_bytes,
 )
+from appliance.core.start import WorkerStart
+from appliance.core.types import BatcherConfig, Record, Request, RequestId, WorkerId
+from appliance.core.wire import FrameBuffer, command_codec, report_codec
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "tiny-tasks"
 BLOCK_TOKENS = 16

@@ -30,9 +30,9 @@ from typing import Any
 import msgspec
 
 from appliance.core.payload import Sampling
+from appliance.core.profiles import device_profile
 from appliance.core.types import Record
 from appliance.worker.pacing import Script
-from appliance.worker.profiles import device_profile
 from appliance.worker.text import TokenText
 from tools.control_kit import quantile
 

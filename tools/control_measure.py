@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from appliance.core.profiles import Profile, device_profile
 from appliance.core.types import Record
-from appliance.worker.profiles import Profile, device_profile
 from tools.control_kit import ROOT, Client, Metrics, Options, Server, quantile, running_server
 from tools.control_probe import LongPrompt, Probe
 

@@ -33,6 +33,7 @@ from appliance.core.faults import FaultPlan
 from appliance.core.host_tier import HostTier
 from appliance.core.kv_layout import index_offset
 from appliance.core.messages import Refused, WeightsLoaded, WorkerUp
+from appliance.core.profiles import KV_SLOT_BYTES
 from appliance.core.start import WorkerStart
 from appliance.core.types import ErrorKind
 from appliance.logs import set_up
@@ -47,7 +48,6 @@ from appliance.worker.loop import StepLoop
 from appliance.worker.mover import Mover
 from appliance.worker.moves import Ties
 from appliance.worker.paced_engine import PacedEngine
-from appliance.worker.profiles import KV_SLOT_BYTES
 from appliance.worker.text import TokenText
 from appliance.worker.transfer import SharedMemoryTransfer, Transfer
 

@@ -30,17 +30,17 @@ from pathlib import Path
 import numpy as np
 
 from appliance.core.payload import SequenceState, TokenLogprobs
-from appliance.core.start import WorkerStart
-from appliance.core.types import CacheGroupSpec, RequestId, SeqWork, StepPlan
-from appliance.worker.engine import EngineError, EngineInfo, SampledToken
-from appliance.worker.grammar import Grammar, GrammarFailed, Grammars
-from appliance.worker.pacing import BASE, MASK, MixTable, Pacer, Script, Words, digest, mix
-from appliance.worker.profiles import (
+from appliance.core.profiles import (
     KV_SLOT_BYTES,
     Profile,
     device_profile,
     paced_kv_slab_bytes,
 )
+from appliance.core.start import WorkerStart
+from appliance.core.types import CacheGroupSpec, RequestId, SeqWork, StepPlan
+from appliance.worker.engine import EngineError, EngineInfo, SampledToken
+from appliance.worker.grammar import Grammar, GrammarFailed, Grammars
+from appliance.worker.pacing import BASE, MASK, MixTable, Pacer, Script, Words, digest, mix
 from appliance.worker.text import TokenText
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from appliance.core.payload import Sampling
-from appliance.worker.profiles import Profile
+from appliance.core.profiles import Profile
 
 Words = npt.NDArray[np.uint64]
 

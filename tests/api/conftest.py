@@ -24,6 +24,7 @@ from appliance.api.grammars import DESK, Wanted
 from appliance.api.settings import ApiSettings
 from appliance.config import load
 from appliance.core.node_state import DispatcherConfig
+from appliance.core.profiles import KV_SLOT_BYTES
 from appliance.core.types import BatcherConfig, Slo, WorkerId, WorkerSpec
 from appliance.devices import plan_devices
 from appliance.live.checkpoint import open_checkpoint
@@ -35,7 +36,6 @@ from appliance.live.workers import PoolPlan
 from appliance.policy import make_policy
 from appliance.startup import Machine, make_plan
 from appliance.wiring import node_settings as node_settings_of
-from appliance.worker.profiles import KV_SLOT_BYTES
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-tasks"

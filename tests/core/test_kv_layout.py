@@ -10,7 +10,7 @@ from appliance.core.kv_layout import (
     index_offset,
     pool_bytes,
 )
-from appliance.worker.profiles import paced_kv_slab_bytes
+from appliance.core.profiles import paced_kv_slab_bytes
 
 
 @pytest.mark.parametrize("num_blocks", [1, 7, 255, 256, 257, 10_000])

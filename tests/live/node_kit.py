@@ -14,6 +14,7 @@ from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
 from appliance.core.model_shape import slab_bytes
 from appliance.core.payload import Sampling
+from appliance.core.profiles import KV_SLOT_BYTES
 from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, WorkerId, WorkerSpec
 from appliance.live.checkpoint import open_checkpoint
@@ -25,7 +26,6 @@ from appliance.live.spawner import Spawner
 from appliance.live.tokenise import TextService, TextSettings
 from appliance.live.workers import PoolPlan
 from appliance.policy import make_policy
-from appliance.worker.profiles import KV_SLOT_BYTES
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-tasks"
 ENTRY = "appliance.worker.main:run"

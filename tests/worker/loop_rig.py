@@ -15,6 +15,7 @@ from appliance.core.hashes import chain, root_hash
 from appliance.core.invariants import BatchWatch
 from appliance.core.messages import Assign, Command, Heartbeat, Report, StepReported
 from appliance.core.payload import Sampling, SequenceState, StepOutputs
+from appliance.core.profiles import AnswerLength, Fitted, paced_kv_slab_bytes
 from appliance.core.start import WorkerStart
 from appliance.core.types import (
     BatcherConfig,
@@ -33,7 +34,6 @@ from appliance.worker.engine import Engine, EngineInfo, SampledToken
 from appliance.worker.fault_actions import FaultPoints
 from appliance.worker.loop import StepLoop
 from appliance.worker.paced_engine import PacedEngine
-from appliance.worker.profiles import AnswerLength, Fitted, paced_kv_slab_bytes
 from appliance.worker.text import TokenText
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-tasks"

@@ -12,12 +12,12 @@ import pytest
 
 from appliance.api.grammar_check import Check, grammar_of
 from appliance.core.payload import Sampling, SequenceState
+from appliance.core.profiles import device_profile, paced_kv_slab_bytes
 from appliance.core.start import WorkerStart
 from appliance.core.types import BatcherConfig, Phase, RequestId, SeqWork, StepPlan, WorkerId
 from appliance.worker.engine import EngineError, SampledToken
 from appliance.worker.paced_engine import PacedEngine
 from appliance.worker.pacing import Pacer
-from appliance.worker.profiles import device_profile, paced_kv_slab_bytes
 from appliance.worker.text import TokenText
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-tasks"

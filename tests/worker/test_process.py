@@ -29,11 +29,11 @@ from appliance.core.messages import (
 )
 from appliance.core.model_shape import ModelShape, kv_slab_bytes, parse_config, slab_bytes
 from appliance.core.payload import Sampling, SequenceState, StepOutputs
+from appliance.core.profiles import paced_kv_slab_bytes
 from appliance.core.start import WorkerStart
 from appliance.core.types import BatcherConfig, Request, RequestId, WorkerId
 from appliance.core.wire import FrameBuffer, command_codec, report_codec
 from appliance.worker.main import EXIT_FAILED, EXIT_ORPHANED, EXIT_START
-from appliance.worker.profiles import paced_kv_slab_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-tasks"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.worker.profiles import (
+from appliance.core.profiles import (
     DEFAULT_PROFILE,
     KV_SLOT_BYTES,
     PROFILES,
