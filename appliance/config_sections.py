@@ -192,6 +192,7 @@ class SloSection(Section, frozen=True, kw_only=True):
     tpot_ms: Budget = 0.0
     e2e_ms: Budget = 0.0
     weight: Annotated[float, Meta(gt=0)] = 1.0
+    on_miss: Literal["serve", "refuse"] = "serve"
 
 
 class LogSection(Section, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from appliance.config import Config
 from appliance.config_sections import KeySection, LimitsSection, SloSection
 from appliance.core.dispatcher import DispatcherConfig
 from appliance.core.faults import FaultRule
-from appliance.core.types import Slo
+from appliance.core.types import OnMiss, Slo
 from appliance.live.holding import HoldSettings
 from appliance.live.journal_file import JournalFile
 from appliance.live.node import Node
@@ -210,6 +210,7 @@ def slo_class(name: str, section: SloSection) -> Slo:
         tpot=section.tpot_ms / 1000 or None,
         e2e=section.e2e_ms / 1000 or None,
         weight=section.weight,
+        on_miss=OnMiss(section.on_miss),
     )
 
 

@@ -83,6 +83,7 @@ STATUS: Mapping[ErrorKind, int] = {
     ErrorKind.POISON: 500,
     ErrorKind.SLOW_READER: 499,
     ErrorKind.DRAIN_TIMEOUT: 503,
+    ErrorKind.BUDGET: 429,
     ErrorKind.GRAMMAR: 400,
     ErrorKind.INTERNAL: 500,
 }

@@ -43,6 +43,7 @@ def slo_of(
         tpot=_first(tpot, base.tpot),
         e2e=_first(e2e, base.e2e),
         weight=base.weight,
+        on_miss=base.on_miss,
     )
 
 

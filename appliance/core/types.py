@@ -68,8 +68,18 @@ class ErrorKind(StrEnum):
     POISON = "poison_request"
     SLOW_READER = "slow_reader"
     DRAIN_TIMEOUT = "drain_timeout"
+    BUDGET = "budget_unreachable"
     GRAMMAR = "grammar_too_complex"
     INTERNAL = "internal_error"
+
+
+class OnMiss(StrEnum):
+    """What becomes of a request whose budget cannot be met any more."""
+
+    SERVE = "serve"
+    """It is demoted: served after those that can still be in time, and never dropped."""
+    REFUSE = "refuse"
+    """While nothing of it was sent it is ended early, with `ErrorKind.BUDGET`."""
 
 
 class Slo(Record, frozen=True, kw_only=True):
@@ -81,6 +91,12 @@ class Slo(Record, frozen=True, kw_only=True):
     tpot: float | None = None
     e2e: float | None = None
     weight: float = 1.0
+    on_miss: OnMiss = OnMiss.SERVE
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything bounds it; without targets an answer is in time when it is complete."""
+        return self.ttft is not None or self.tpot is not None or self.e2e is not None
 
 
 class Request(Record, frozen=True, kw_only=True):
