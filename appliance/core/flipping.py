@@ -101,7 +101,7 @@ class Flipper:
         plan = roles(self._state.view, now)
         if plan.again <= now:
             raise PolicyMistake(f"roles: asks to be asked again at {plan.again}, now is {now}")
-        self._ask_again, self._wake = plan.again, plan.wake
+        self._ask_again, self._wake = plan.again, plan.alarm
         wanted = {
             worker: role
             for worker, role in plan.roles.items()

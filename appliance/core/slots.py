@@ -58,19 +58,25 @@ class PlaceSlot(Protocol):
 
 
 class RolePlan(Record, frozen=True, kw_only=True):
-    """What the node's roles should be, and why.
+    """What the node's roles should be, who should be in service, and why.
 
-    `roles` names the workers that should take another role (empty: none); `trigger` says in stable
-    words what was found (a "no" is put on record when these words change), `prediction` and `cost`
-    are in seconds or shares, by name. The slot is not asked again before `again`, and with `wake`
-    it is asked then even if nothing happens."""
+    `roles` names the workers that should take another role, as one transaction; `wake` parked
+    workers (or ones that are being parked) that should serve, `park` those that should go on
+    standby, `add` how many of the spare workers should be started. The mechanism carries out what
+    is legal: one structural action at a time in each pool of workers of one role. `trigger` says
+    in stable words what was found (a "no" is put on record when these words change), `prediction`
+    and `cost` (instance-seconds of the transition) are by name. The slot is not asked again before
+    `again`, and with `alarm` it is asked then even if nothing happens."""
 
     roles: Mapping[WorkerId, Role] = field(default_factory=dict)
+    wake: tuple[WorkerId, ...] = ()
+    park: tuple[WorkerId, ...] = ()
+    add: int = 0
     trigger: str
     prediction: dict[str, float] = field(default_factory=dict)
     cost: float = 0.0
     again: float
-    wake: bool = False
+    alarm: bool = False
 
 
 class RolesSlot(Protocol):

@@ -233,7 +233,7 @@ class RoleController:
             prediction=prediction,
             cost=0.0 if change is None else change.cost,
             again=now + self._settings.interval,
-            wake=not (idle and home),
+            alarm=not (idle and home),
         )
 
     # --- what there is to do ------------------------------------------------------------------
