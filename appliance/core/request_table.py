@@ -52,6 +52,7 @@ class RequestRecord:
         "avoid",
         "cancel_kind",
         "deaths",
+        "demoted",
         "emitted",
         "first_token_at",
         "history",
@@ -84,6 +85,8 @@ class RequestRecord:
         self.pending = 0
         """Prefill tokens it counts for at its worker; 0 once a token has come from there."""
         self.first_token_at: float | None = None
+        self.demoted = False
+        """Its budget cannot be met any more: it is served after others."""
         self.deaths: list[tuple[WorkerId, int]] = []
         """Incarnations (worker, epoch) that died while it was there, those spared aside."""
         self.reports_before = 0
