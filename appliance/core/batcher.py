@@ -74,6 +74,7 @@ from appliance.core.planning import Planner
 from appliance.core.roles import RolePreset, preset
 from appliance.core.sequence import OVER, LiveSequence, Queues, SeqState
 from appliance.core.slots import BatchSlots
+from appliance.core.step_model import StepModel
 from appliance.core.types import (
     BatcherConfig,
     BlockHash,
@@ -104,8 +105,9 @@ class Batcher:
     `fetcher` are for reading (laws, views).
 
     `inherited`: what a predecessor left in the pool (one paged group only). `checksum`: of a block
-    of this worker's pool, for copies that are checked; None: they are not. `tier` takes the cached
-    blocks that are evicted (`UnsupportedCacheGroup` where it cannot)."""
+    of this worker's pool, for copies that are checked; None: they are not. `tier` takes the cached blocks
+    that are evicted (`UnsupportedCacheGroup` where it cannot). `steps`: how long they last, as far
+    as is known."""
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class Batcher:
         inherited: Inherited | None = None,
         checksum: Callable[[BlockId], int] | None = None,
         tier: HostTier | None = None,
+        steps: StepModel | None = None,
     ) -> None:
         self.worker = worker
         self.config = config
@@ -126,7 +129,7 @@ class Batcher:
         self.ledger = BlockLedger(
             groups, prefix_cache=config.enable_prefix_cache, inherited=inherited, tier=tier
         )
-        self.queues = queues = Queues(config, self.ledger)
+        self.queues = queues = Queues(config, self.ledger, steps=steps)
         self._reports: list[Report] = []
         self._mail = PeerMail()
         reports, mail = self._reports, self._mail
@@ -487,6 +490,8 @@ class Batcher:
             counts=tuple(tally.counts) if tally.several else (),
             finished=tuple(tally.finished),
             load=self.load(),
+            prefill_pairs=tally.prefill_pairs,
+            context_tokens=tally.context_tokens,
         )
         reports = [step, *self._reports, *self.announce()]
         self._reports.clear()

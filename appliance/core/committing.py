@@ -27,7 +27,17 @@ class ProtocolError(Exception):
 class StepTally:
     """What one finished step adds up to."""
 
-    __slots__ = ("counts", "decode_tokens", "finished", "gone", "ids", "prefill_tokens", "several")
+    __slots__ = (
+        "context_tokens",
+        "counts",
+        "decode_tokens",
+        "finished",
+        "gone",
+        "ids",
+        "prefill_pairs",
+        "prefill_tokens",
+        "several",
+    )
 
     def __init__(self) -> None:
         self.ids: list[RequestId] = []
@@ -39,7 +49,11 @@ class StepTally:
         self.gone = False
         """Somebody left `running`."""
         self.prefill_tokens = 0
+        self.prefill_pairs = 0
+        """Of a computed prompt token and a token it attends to, itself too."""
         self.decode_tokens = 0
+        self.context_tokens = 0
+        """Of the sequences in decode, those computed now included."""
 
 
 class Committer:
@@ -54,7 +68,8 @@ class Committer:
     def commit(
         self, plan: StepPlan, seqs: Sequence[LiveSequence], *, result: StepResult, now: float
     ) -> StepTally:
-        """Apply the result of `plan`, whose work items belong to `seqs`. Raises `ProtocolError`."""
+        """Apply the result of `plan`, whose work items belong to `seqs`, and learn from how long it
+        took. Raises `ProtocolError`."""
         tally = StepTally()
         results, position = result.results, 0
         for work, seq in zip(plan.work, seqs, strict=True):
@@ -63,10 +78,12 @@ class Committer:
             over = seq.state in OVER
             if work.phase is Phase.PREFILL:
                 tally.prefill_tokens += num_tokens
+                tally.prefill_pairs += num_tokens * work.start + num_tokens * (num_tokens + 1) // 2
                 if not over:
                     self._queues.backlog_tokens -= num_tokens
             else:
                 tally.decode_tokens += num_tokens
+                tally.context_tokens += work.start + num_tokens
             seq.num_done += num_tokens
             if seq.num_done >= seq.mark and not over:
                 self._complete_blocks(seq)
@@ -83,6 +100,13 @@ class Committer:
             raise ProtocolError(
                 f"step {result.step} has a result of request {results[position].id} out of turn"
             )
+        self._queues.steps.observe(
+            prefill_tokens=tally.prefill_tokens,
+            prefill_pairs=tally.prefill_pairs,
+            decodes=tally.decode_tokens,
+            context_tokens=tally.context_tokens,
+            elapsed=result.elapsed,
+        )
         if tally.gone:
             self._queues.running[:] = [seq for seq in self._queues.running if seq.table is not None]
         return tally

@@ -17,7 +17,9 @@ exists."""
 
 from collections.abc import Iterable
 
+from appliance.core.answer_lengths import AnswerLengths
 from appliance.core.messages import PrefixPulled, StepReported
+from appliance.core.step_model import StepCoefficients, StepModel
 from appliance.core.types import WorkerId
 from appliance.core.view import WorkerView
 
@@ -37,21 +39,36 @@ class CostModel:
         answer_tokens: float = 64.0,
         copy_overhead_seconds: float = 1e-3,
         memory: float = 0.1,
+        steps: StepCoefficients | None = None,
     ) -> None:
-        """The priors, and the weight of the newest observation in each mean (0 < memory <= 1)."""
+        """The priors, and the weight of the newest observation in each mean (0 < memory <= 1).
+        `steps`: what a profile found."""
+        self.steps = StepModel(steps)
+        """How long a step lasts, learnt from all workers of the node."""
+        self.lengths = AnswerLengths()
+        """How long answers are, by class; whoever ends an answer tells it."""
         self._prefill_token = prefill_token_seconds
         self._decode_step = decode_step_seconds
         self._answer = answer_tokens
         self._copy_overhead = copy_overhead_seconds
         self._memory = memory
-        self._steps: dict[WorkerId, float] = {}
+        self._of_worker: dict[WorkerId, float] = {}
 
     def observe(self, report: StepReported) -> None:
         """Learn from one step."""
         weight = self._memory
         elapsed = report.elapsed
-        mean = self._steps.get(report.worker)
-        self._steps[report.worker] = elapsed if mean is None else mean + weight * (elapsed - mean)
+        self.steps.observe(
+            prefill_tokens=report.prefill_tokens,
+            prefill_pairs=report.prefill_pairs,
+            decodes=report.decode_tokens,
+            context_tokens=report.context_tokens,
+            elapsed=elapsed,
+        )
+        mean = self._of_worker.get(report.worker)
+        self._of_worker[report.worker] = (
+            elapsed if mean is None else mean + weight * (elapsed - mean)
+        )
         if report.prefill_tokens:
             decode = self._decode_step if report.decode_tokens else 0.0
             per_token = max(0.0, elapsed - decode) / report.prefill_tokens
@@ -85,10 +102,16 @@ class CostModel:
 
     def step_seconds(self, worker: WorkerId) -> float:
         """Mean of the worker's recent steps; 0 before the first."""
-        return self._steps.get(worker, 0.0)
+        return self._of_worker.get(worker, 0.0)
 
-    def prefill_seconds(self, num_tokens: int) -> float:
-        """Computing the KV of that many tokens."""
+    @property
+    def tail(self) -> float:
+        """Factor from the expected to the tail duration of a step."""
+        return self.steps.tail
+
+    def prefill_seconds(self, num_tokens: int, *, prefix_tokens: int = 0) -> float:
+        """Computing the KV of that many tokens, which come after `prefix_tokens` others."""
+        del prefix_tokens
         return num_tokens * self._prefill_token
 
     def decode_seconds(self, max_num_seqs: int) -> float:

@@ -19,6 +19,7 @@ from appliance.core.asks import (
     WakeAsked,
     WorkerAsked,
 )
+from appliance.core.stamps import Times
 from appliance.core.types import (
     BlockHash,
     CacheGroupSpec,
@@ -192,6 +193,10 @@ class StepReported(Tagged, frozen=True, kw_only=True):
     load: WorkerLoad
     counts: tuple[int, ...] = ()
     finished: tuple[SeqFinished, ...] = ()
+    prefill_pairs: int = 0
+    """Of (computed prompt token, token it attends to, itself too)."""
+    context_tokens: int = 0
+    """Whose KV the decodes of the step read, their own included."""
 
 
 class Prefilled(Tagged, frozen=True, kw_only=True):
@@ -429,7 +434,8 @@ class Reject(Tagged, frozen=True, kw_only=True):
 
 
 class Degrade(Tagged, frozen=True, kw_only=True):
-    """The request is served with these targets instead of those it asked for."""
+    """The budget of this request cannot be met any more: it is served after those that can still be
+    in time (`demoted` in its verdict), and never dropped for that."""
 
     request_id: RequestId
     reason: str
@@ -444,6 +450,10 @@ class Ended(Tagged, frozen=True, kw_only=True):
     error: ErrorKind | None = None
     message: str = ""
     cached_tokens: int = 0
+    times: Times | None = None
+    """Where the time of a complete answer went; None with an error."""
+    retry_after: float | None = None
+    """Seconds after which the same request might be served, when that makes sense."""
 
 
 class StartWorker(Tagged, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from bisect import bisect_left, insort
 from enum import Enum, auto
 
 from appliance.core.blocks import BlockLedger, BlockTable
+from appliance.core.step_model import StepModel
 from appliance.core.types import (
     BatcherConfig,
     BlockHash,
@@ -166,9 +167,13 @@ class Queues:
     `waiting` is sorted by `order`, `running` is in the order of admission. A preempted sequence
     goes back to its own place, which under first come, first served is the front."""
 
-    def __init__(self, config: BatcherConfig, ledger: BlockLedger) -> None:
+    def __init__(
+        self, config: BatcherConfig, ledger: BlockLedger, *, steps: StepModel | None = None
+    ) -> None:
         self.config = config
         self.ledger = ledger
+        self.steps = steps or StepModel()
+        """How long a step of this worker lasts."""
         self.by_id: dict[RequestId, LiveSequence] = {}
         """Every sequence that is here in any state."""
         self.waiting: list[LiveSequence] = []

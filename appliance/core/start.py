@@ -9,6 +9,7 @@ out when the engine has no weights), KV pool, and its end of the links channel
 import msgspec
 
 from appliance.core.faults import FaultRule
+from appliance.core.step_model import StepCoefficients
 from appliance.core.types import BatcherConfig, Role, WorkerId
 
 
@@ -59,6 +60,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     native: str = "auto"
     """Kernels in C: "auto" where they can be built, "off", or "required"."""
     heartbeat_seconds: float = 0.1
+    steps: StepCoefficients | None = None
+    """What a profile found about the duration of steps."""
     faults: tuple[FaultRule, ...] = ()
     validate: bool = False
     """Check the laws after every step."""

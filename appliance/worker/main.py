@@ -35,6 +35,7 @@ from appliance.core.kv_layout import index_offset
 from appliance.core.messages import Refused, WeightsLoaded, WorkerUp
 from appliance.core.profiles import KV_SLOT_BYTES
 from appliance.core.start import WorkerStart
+from appliance.core.step_model import StepModel
 from appliance.core.types import ErrorKind
 from appliance.logs import set_up
 from appliance.policy import make_policy
@@ -132,6 +133,7 @@ class _Worker:
             inherited=None if pool is None else pool.ties.index.inherited,
             checksum=pool.transfer.checksum if pool is not None and start.validate else None,
             tier=make_tier(start),
+            steps=StepModel(start.steps),
         )
         loop = StepLoop(
             start,
