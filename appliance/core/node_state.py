@@ -265,6 +265,7 @@ class NodeState:
     ) -> None:
         """The answer is complete."""
         self.totals.count_end(record, now)
+        self.cost.lengths.observe(record.request.slo.class_name, record.emitted)
         self._remove(record, now)
         self.out.append(
             Ended(request_id=record.request.id, reason=reason, cached_tokens=cached_tokens)

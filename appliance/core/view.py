@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
 
+from appliance.core.answer_lengths import AnswerLengths
 from appliance.core.lifecycle import WorkerState
+from appliance.core.step_model import StepModel
 from appliance.core.types import (
     BlockHash,
     Phase,
@@ -104,11 +106,23 @@ class Targets(Record, frozen=True, kw_only=True):
 class CostView(Protocol):
     """What work costs on this node, as learnt so far; seconds."""
 
+    @property
+    def steps(self) -> StepModel:
+        """How long a step lasts, learnt from all workers. For reading."""
+
+    @property
+    def lengths(self) -> AnswerLengths:
+        """How long answers are, by class. For reading."""
+
+    @property
+    def tail(self) -> float:
+        """Factor from the expected to the tail duration of a step."""
+
     def step_seconds(self, worker: WorkerId) -> float:
         """Mean of the worker's recent steps; 0 before the first."""
 
-    def prefill_seconds(self, num_tokens: int) -> float:
-        """Computing the KV of that many tokens."""
+    def prefill_seconds(self, num_tokens: int, *, prefix_tokens: int = 0) -> float:
+        """Computing the KV of that many tokens, which come after `prefix_tokens` others."""
 
     @property
     def decode_step_seconds(self) -> float:
@@ -240,6 +254,10 @@ class LocalView(Protocol):
 
     @property
     def max_batch_tokens(self) -> int: ...
+
+    @property
+    def steps(self) -> StepModel:
+        """How long a step of this worker lasts. For reading."""
 
     @property
     def stale(self) -> AbstractSet[RequestId]:
