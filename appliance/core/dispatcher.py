@@ -144,6 +144,11 @@ class Dispatcher:
         record = self._state.requests.get(request_id)
         return 0 if record is None else record.emitted
 
+    def instance_seconds(self, now: float) -> float:
+        """What the workers have cost until now (see `Traffic.instance_seconds`)."""
+        self._state.charge(now)
+        return self._state.totals.instance_seconds
+
     def last_cause(self, worker: WorkerId) -> str:
         """What the worker's last death, or failed start, was put down to; empty if there was
         none."""
@@ -179,6 +184,7 @@ class Dispatcher:
         decision; `LawBroken` with `validate`."""
         out: list[Output] = []
         self._state.out = out
+        self._state.charge(now)
         self._now = now
         self._record(message, now)
         self._decide(now)

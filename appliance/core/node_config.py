@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from appliance.core.types import Record
+from appliance.core.types import Record, WorkerSpec
 
 
 class DispatcherConfig(Record, frozen=True, kw_only=True):
@@ -53,6 +53,8 @@ class DispatcherConfig(Record, frozen=True, kw_only=True):
     """A worker that has not taken its new role by then makes the flip be rolled back."""
     park_seconds: float = 30.0
     """A worker that still has work by then is not parked."""
+    spares: tuple[WorkerSpec, ...] = ()
+    """Workers that the controller may start when those there are do not suffice."""
     prefix_pull: bool = True
     """Copy cached blocks from a peer when that is predicted to be cheaper than computing them."""
     block_bytes: int = 0

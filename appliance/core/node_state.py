@@ -14,6 +14,7 @@ from appliance.core.node_config import DispatcherConfig
 from appliance.core.node_view import DispatcherView
 from appliance.core.request_table import RequestRecord, RequestTable
 from appliance.core.slo import verdict
+from appliance.core.stamps import times_of
 from appliance.core.types import (
     BlockHash,
     ErrorKind,
@@ -36,6 +37,7 @@ class Totals:
         self.emitted_tokens = 0
         self.met = 0
         self.missed = 0
+        self.instance_seconds = 0.0
 
     def count_end(self, record: RequestRecord, now: float) -> None:
         """An answer is complete."""
@@ -72,6 +74,10 @@ class NodeState:
         self.slots: dict[WorkerId, WorkerSlot] = {spec.id: WorkerSlot(spec) for spec in workers}
         if not self.slots or len(self.slots) != len(workers):
             raise ValueError(f"workers: want one or more with distinct ids, got {workers!r}")
+        self.spares = list(config.spares)
+        """Workers that may still be started."""
+        self._charged: float | None = None
+        """Until when the workers' time has been counted."""
         self.requests = RequestTable()
         self.view = DispatcherView(self)
         self.out: list[Output] = []
@@ -94,6 +100,16 @@ class NodeState:
     def is_abandoned(self) -> bool:
         """No worker is left that could ever serve again by itself."""
         return all(slot.state is WorkerState.QUARANTINED for slot in self.slots.values())
+
+    def charge(self, now: float) -> None:
+        """Count the time since the last call for every worker that costs something."""
+        passed = 0.0 if self._charged is None else now - self._charged
+        self._charged = now
+        if passed > 0.0:
+            for slot in self.slots.values():
+                if slot.costs:
+                    slot.instance_seconds += passed
+                    self.totals.instance_seconds += passed
 
     def note_roles(self) -> None:
         """Whoever changes a role, or who is on standby, calls this."""
@@ -266,15 +282,35 @@ class NodeState:
         """The answer is complete."""
         self.totals.count_end(record, now)
         self.cost.lengths.observe(record.request.slo.class_name, record.emitted)
+        times = times_of(
+            record.history, arrived=record.request.arrived, ended=now, demoted=record.demoted
+        )
         self._remove(record, now)
         self.out.append(
-            Ended(request_id=record.request.id, reason=reason, cached_tokens=cached_tokens)
+            Ended(
+                request_id=record.request.id,
+                reason=reason,
+                cached_tokens=cached_tokens,
+                times=times,
+            )
         )
 
-    def fail(self, record: RequestRecord, now: float, *, kind: ErrorKind, message: str) -> None:
+    def fail(
+        self,
+        record: RequestRecord,
+        now: float,
+        *,
+        kind: ErrorKind,
+        message: str,
+        retry_after: float | None = None,
+    ) -> None:
         """End with a typed error and words for the client."""
         self._remove(record, now)
-        self.out.append(Ended(request_id=record.request.id, error=kind, message=message))
+        self.out.append(
+            Ended(
+                request_id=record.request.id, error=kind, message=message, retry_after=retry_after
+            )
+        )
 
     def confirm_cancelled(self, record: RequestRecord, now: float) -> None:
         """The worker of a CANCELLING request has forgotten it; it ends unless another one has

@@ -51,6 +51,7 @@ class DispatcherView:
             emitted_tokens=totals.emitted_tokens,
             met=totals.met,
             missed=totals.missed,
+            instance_seconds=totals.instance_seconds,
         )
 
     @property
@@ -61,6 +62,23 @@ class DispatcherView:
             ttft=min((slo.ttft for slo in slos if slo.ttft is not None), default=None),
             tpot=min((slo.tpot for slo in slos if slo.tpot is not None), default=None),
         )
+
+    @property
+    def num_spares(self) -> int:
+        """Workers that could still be started."""
+        return len(self._state.spares)
+
+    def overdue(self, now: float) -> int:
+        """Waiting requests whose prompt cannot be computed in time any more."""
+        state, late = self._state, 0
+        for request in state.requests.queue.requests():
+            if request.slo.ttft is None:
+                continue
+            seconds = state.cost.prefill_seconds(request.prompt_tokens)
+            record = state.requests.get(request.id)
+            if now + seconds > request.arrived + request.slo.ttft:
+                late += record is not None and record.first_token_at is None
+        return late
 
     def cached_blocks(self, worker: WorkerId, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks of `hashes` that worker is believed to hold."""

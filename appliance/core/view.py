@@ -56,6 +56,8 @@ class WorkerView(Record, frozen=True, kw_only=True):
     """When it took its role."""
     next_role: Role | None = None
     """The role it is about to take; None unless it flips."""
+    parked: bool = False
+    """Wanted on standby: it is parked, on its way there, or will be when it is up."""
 
 
 class RunningView(Record, frozen=True, kw_only=True):
@@ -94,6 +96,9 @@ class Traffic(Record, frozen=True, kw_only=True):
     met: int
     """Answers with targets that met all of them."""
     missed: int
+    instance_seconds: float = 0.0
+    """What the workers cost: the time of each that it was not on standby (or quarantined), its
+    starts and its winding down included; up to the last message."""
 
 
 class Targets(Record, frozen=True, kw_only=True):
@@ -196,6 +201,14 @@ class NodeView(Protocol):
     @property
     def targets(self) -> Targets:
         """The tightest budgets of the live requests."""
+
+    @property
+    def num_spares(self) -> int:
+        """Workers that could still be started beside those there are."""
+
+    def overdue(self, now: float) -> int:
+        """Waiting requests whose prompt cannot be computed any more before their target for the
+        first token. Looks at each of them."""
 
 
 class SeqView(Protocol):

@@ -83,6 +83,8 @@ class WorkerSlot:
         """Live requests that it was told to forget, and has not yet."""
         self.moved_out = 0
         """Sequences that went on elsewhere, ever."""
+        self.instance_seconds = 0.0
+        """Time that it was not on standby, nor quarantined."""
         self.moves_refused = 0
         self.moves_after = 0.0
         """It refused to take part in a move: not asked again before this time."""
@@ -209,6 +211,14 @@ class WorkerSlot:
         )
 
     @property
+    def costs(self) -> bool:
+        """Whether its time counts: it is not on standby, nor quarantined. One that starts or winds
+        down counts."""
+        if self.parked and self.state is not WorkerState.DRAINING:
+            return False
+        return self.state is not WorkerState.QUARANTINED
+
+    @property
     def capacity(self) -> float:
         """Tokens of one sequence that its pools can hold."""
         return math.inf if self.capacity_tokens is None else self.capacity_tokens
@@ -267,6 +277,7 @@ class WorkerSlot:
                 tier_blocks=len(self.tier),
                 role_since=self.role_since,
                 next_role=self.next_role,
+                parked=self.parked,
             )
         return self._view
 
