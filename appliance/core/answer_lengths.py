@@ -12,7 +12,7 @@ classes, and before there are ten of those from a log-normal guess.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import exp, inf, log, log2
 from statistics import NormalDist
 
@@ -54,7 +54,7 @@ class AnswerLengths:
         self._fading = 1.0 - 1.0 / memory
         guess = NormalDist(log(median), sigma)
         shares = [guess.cdf(log(edge)) for edge in _EDGES]
-        self._guess = [high - low for low, high in zip(shares, shares[1:], strict=False)]
+        self._guess = [high - low for low, high in pairwise(shares)]
         self._all = _Histogram([0.0] * _NUM_BUCKETS)
         self._classes: dict[str, _Histogram] = {}
 

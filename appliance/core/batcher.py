@@ -105,9 +105,9 @@ class Batcher:
     `fetcher` are for reading (laws, views).
 
     `inherited`: what a predecessor left in the pool (one paged group only). `checksum`: of a block
-    of this worker's pool, for copies that are checked; None: they are not. `tier` takes the cached blocks
-    that are evicted (`UnsupportedCacheGroup` where it cannot). `steps`: how long they last, as far
-    as is known."""
+    of this worker's pool, for copies that are checked; None: they are not. `tier` takes the cached
+    blocks that are evicted (`UnsupportedCacheGroup` where it cannot). `steps`: how long they last,
+    as far as is known."""
 
     def __init__(
         self,
