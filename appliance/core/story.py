@@ -13,6 +13,7 @@ from appliance.core.messages import (
     Arrived,
     Assign,
     Cancelled,
+    Degrade,
     Ended,
     Input,
     KvPulled,
@@ -112,6 +113,8 @@ def _said(output: Output, request_id: RequestId) -> Iterator[Chapter]:
             yield "Abort", {"worker": output.worker}
         case Reject() if output.request_id == request_id:
             yield "Reject", {"kind": output.kind, "reason": output.reason}
+        case Degrade() if output.request_id == request_id:
+            yield "Degrade", {"reason": output.reason}
         case Ended() if output.request_id == request_id:
             yield "Ended", {"reason": output.reason, "error": output.error}
         case _:

@@ -70,6 +70,7 @@ class Intake:
                     sampling=sampling,
                     salt=spec.salt,
                     bound=spec.slo.tpot,
+                    slo_class=spec.slo.class_name,
                 )
             )
             request = Request(
@@ -86,6 +87,7 @@ class Intake:
             reject = self._offer(request)
             if reject is not None:
                 self._take_back(ids[:index])
+                self._stats.refused[spec.slo.class_name, reject.kind.value] += len(sinks)
                 raise Rejected(reject.kind, reject.reason, reject.retry_after)
         self._names[spec.name] = ids
         if len(self._names) > self._num_names:
@@ -102,8 +104,15 @@ class Intake:
             self._reject = reject
             self._streams.forget(request_id)
         else:
-            end = Ended(request_id=request_id, error=reject.kind, message=reject.reason)
-            self._streams.end(end)
+            end = Ended(
+                request_id=request_id,
+                error=reject.kind,
+                message=reject.reason,
+                retry_after=reject.retry_after,
+            )
+            stream = self._streams.end(end)
+            if stream is not None:
+                self._stats.refused[stream.slo_class, reject.kind.value] += 1
 
     def _offer(self, request: Request) -> Reject | None:
         """Let the Dispatcher hear of a request; its refusal, None if it accepts."""

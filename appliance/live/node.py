@@ -329,7 +329,7 @@ class Node:
             case Reject():
                 self._intake.rejected(output)
             case Degrade():
-                log.info("request is degraded", extra={"request": output.request_id})
+                self._degraded(output)
             case Ended():
                 self._ended(output)
             case StartWorker():
@@ -389,6 +389,13 @@ class Node:
         self.stats.ended[how.value if how is not None else "?"] += 1
         self.stats.prompt_tokens += len(stream.prompt) // 4
         self.stats.cached_tokens += ended.cached_tokens
+        if ended.error is not None:
+            self.stats.ended_badly(stream.slo_class, ended.error)
+
+    def _degraded(self, degrade: Degrade) -> None:
+        stream = self._streams.get(degrade.request_id)
+        if stream is not None:
+            self.stats.degraded(stream.slo_class, degrade.reason)
 
     def _start_worker(self, worker: WorkerId, epoch: int) -> None:
         self.stats.worker(worker).starts += 1

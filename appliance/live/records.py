@@ -9,6 +9,7 @@ from array import array
 from typing import Protocol
 
 from appliance.core.payload import Sampling, TokenLogprobs
+from appliance.core.stamps import Times
 from appliance.core.types import BlockHash, ErrorKind, FinishReason, Record, RequestId, Slo
 
 
@@ -73,6 +74,10 @@ class End(Record, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int
     emitted_tokens: int
+    times: Times | None = None
+    """Where the time of a complete answer went."""
+    retry_after: float | None = None
+    """Of an error: seconds after which the same request might be served."""
 
 
 class Sink(Protocol):

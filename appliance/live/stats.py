@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from appliance.core.messages import Heartbeat, StepReported
-from appliance.core.types import WorkerId
+from appliance.core.types import ErrorKind, WorkerId
 
 StepObserver = Callable[[WorkerId, float, int], None]
 """(worker, seconds of the step, sequences that emitted), once per step."""
+MAX_REASONS = 200
+"""Pairs of class and reason that demotions are counted by; those that come later are "other"."""
 
 
 class WorkerStats:
@@ -70,6 +72,13 @@ class NodeStats:
         """Requests turned away, by error kind."""
         self.ended: Counter[str] = Counter()
         """Answers ended, by finish reason or error kind."""
+        self.refused: Counter[tuple[str, str]] = Counter()
+        """Answers that were asked for and not begun, by class and error kind: turned away at the
+        door, or given up in the queue because their budget could not be met."""
+        self.failed: Counter[tuple[str, str]] = Counter()
+        """Other answers that ended without being complete, by class and error kind."""
+        self.demoted: Counter[tuple[str, str]] = Counter()
+        """Answers whose budget could not be met any more, by class and reason."""
         self.prompt_tokens = 0
         """Of ended answers."""
         self.cached_tokens = 0
@@ -78,6 +87,19 @@ class NodeStats:
         self.replaced = 0
         """Answers that went on at another worker or another life of theirs."""
         self.observe_step: StepObserver | None = None
+
+    def ended_badly(self, slo_class: str, kind: ErrorKind) -> None:
+        """Count an accepted answer that ended with an error."""
+        counter = self.refused if kind is ErrorKind.BUDGET else self.failed
+        counter[slo_class, kind.value] += 1
+
+    def degraded(self, slo_class: str, reason: str) -> None:
+        """Count an answer that is served after others. Reasons are told apart by what they begin
+        with, and there may be only so many."""
+        key = slo_class, reason.partition(":")[0]
+        if key not in self.demoted and len(self.demoted) >= MAX_REASONS:
+            key = slo_class, "other"
+        self.demoted[key] += 1
 
     def worker(self, worker: WorkerId) -> WorkerStats:
         """The counters of this worker, from its first mention on."""

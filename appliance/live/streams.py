@@ -43,7 +43,7 @@ class Stream:
 
     __slots__ = (
         "arrived", "begun", "bound", "cancelled", "due", "emitted", "id", "joined", "logprobs",
-        "prompt", "salt", "sampling", "sink", "text", "ticket", "tokens", "worker",
+        "prompt", "salt", "sampling", "sink", "slo_class", "text", "ticket", "tokens", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +56,7 @@ class Stream:
         sampling: Sampling,
         salt: str,
         bound: float | None = None,
+        slo_class: str = "",
     ) -> None:
         """`bound`: seconds that a token of this answer may wait at most; None: as the hold says."""
         self.id = request_id
@@ -66,6 +67,8 @@ class Stream:
         self.sampling = sampling
         self.salt = salt
         self.bound = float("inf") if bound is None else bound
+        self.slo_class = slo_class
+        """Under which its end is counted."""
         self.emitted = array("i")
         """Token ids that went to the sink or are about to."""
         self.cancelled = False
@@ -294,6 +297,8 @@ class Streams:
             prompt_tokens=len(stream.prompt) // 4,
             cached_tokens=ended.cached_tokens,
             emitted_tokens=stream.num_emitted,
+            times=ended.times,
+            retry_after=ended.retry_after,
         )
         try:
             stream.sink.end(end)
