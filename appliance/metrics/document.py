@@ -1,0 +1,67 @@
+"""Results as JSON: one document for a whole sweep, or one line per run for a sweep that resumes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from appliance.core.types import Record
+from appliance.metrics.score import Summary
+
+
+class DocumentError(ValueError):
+    """A file of results cannot be used; the text names it and the place."""
+
+
+class Document(Record, frozen=True, kw_only=True):
+    """What was asked (`spec`: workload, devices, seeds, ... as plain values) and what came of it."""
+
+    spec: Mapping[str, Any]
+    runs: tuple[Summary, ...]
+
+
+def write_document(path: Path, document: Document) -> None:
+    """Write it whole; a reader never sees half of it."""
+    data = msgspec.json.format(msgspec.json.encode(document), indent=1)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(data + b"\n")
+    unfinished.replace(path)
+
+
+def read_document(path: Path) -> Document:
+    """Raises `DocumentError` naming the file and what is wrong in it."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Document)
+    except (OSError, msgspec.DecodeError) as error:
+        raise DocumentError(f"{path}: {error}") from error
+
+
+def append_line(path: Path, record: msgspec.Struct) -> None:
+    """Append a record as one line of JSON."""
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(record) + b"\n")
+
+
+def read_lines(path: Path) -> list[Summary]:
+    """Summaries of a file of lines; a last line that was cut off is left out, since the run that
+    was being written then counts as not done."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    found: list[Summary] = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            found.append(msgspec.json.decode(line, type=Summary))
+        except msgspec.DecodeError as error:
+            raise DocumentError(f"{path}: line {number}: {error}") from error
+    return found
+
+
+def by_policy(runs: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """Runs that count (not void) of each policy, in order of load."""
+    found: dict[str, list[Summary]] = {}
+    for run in sorted(runs, key=lambda run: (run.load, run.seed)):
+        if not run.void:
+            found.setdefault(run.policy, []).append(run)
+    return found
