@@ -22,6 +22,7 @@ from appliance.core.cost import CostModel
 from appliance.core.flipping import Flipper
 from appliance.core.invariants_node import NodeAuditor
 from appliance.core.isolation import Isolation
+from appliance.core.latecomers import Latecomers
 from appliance.core.life_keeping import LifeKeeper
 from appliance.core.lifecycle import RequestState
 from appliance.core.messages import (
@@ -59,6 +60,7 @@ from appliance.core.node_state import NodeState
 from appliance.core.placing import Placer
 from appliance.core.roster import Roster
 from appliance.core.slots import Accept, DispatchSlots, PolicyMistake, Refuse
+from appliance.core.steering import Steering
 from appliance.core.types import ErrorKind, Request, RequestId, WorkerId, WorkerSpec
 from appliance.core.view import NodeView
 from appliance.core.worker_table import SERVING, WorkerSlot
@@ -89,10 +91,14 @@ class Dispatcher:
         self._life = LifeKeeper(self._state)
         self._isolation = Isolation(self._state)
         audit = Audit(self._state)
+        self._latecomers = Latecomers(self._state, policy=policy, audit=audit)
         self._placer = Placer(self._state, policy=policy, audit=audit)
         self._mover = Mover(self._state, policy=policy, audit=audit)
         self._flipper = Flipper(self._state, audit=audit)
         self._roster = Roster(self._state, life=self._life, audit=audit)
+        self._steering = Steering(
+            self._state, flipper=self._flipper, roster=self._roster, audit=audit
+        )
         self._policy_wake: float | None = None
         self._now = 0.0
         self._auditor = NodeAuditor(self._state) if validate else None
@@ -171,6 +177,7 @@ class Dispatcher:
             self._policy_wake,
             self._flipper.next_deadline,
             self._roster.next_deadline,
+            self._steering.next_deadline,
         )
         times += [at for at in named if at is not None]
         return min(times, default=None)
@@ -199,11 +206,12 @@ class Dispatcher:
             self._life.pools_changed = False
             end_hopeless(state, now)
         if self._policy.roles is not None:
-            self._flipper.ask_policy(self._policy.roles, now)
+            self._steering.step(self._policy.roles, now)
         self._mover.step(now)
         self._flipper.step(now)
         if state.has_roles:
             self._roster.step(now)
+        self._latecomers.step(now)
         said = -1
         while said != len(state.out):  # from here on no worker that is ready ceases to be
             said = len(state.out)
@@ -250,7 +258,7 @@ class Dispatcher:
                     state.totals.prompt_tokens += request.prompt_tokens
                     return
                 case Refuse(kind=kind, reason=reason, retry_after=after):
-                    if after is None and kind is ErrorKind.QUEUE_FULL:
+                    if after is None and kind in (ErrorKind.QUEUE_FULL, ErrorKind.BUDGET):
                         after = retry_after(state)
                     refusal = Reject(
                         request_id=request.id, kind=kind, reason=reason, retry_after=after
@@ -355,7 +363,7 @@ class Dispatcher:
         slot.proved_at = now
         self._state.cost.observe(report)
         assigned, decoding = slot.assigned, RequestState.DECODING
-        counts = report.counts
+        counts, tally, grown = report.counts, slot.tally, 0
         for index, request_id in enumerate(report.ids):
             record = assigned.get(request_id)
             if record is None:
@@ -365,10 +373,14 @@ class Dispatcher:
             if record.state is RequestState.ASSIGNED:
                 state = decoding if record.move is None else RequestState.MIGRATING
                 self._state.requests.move(record, state, now, worker=slot.id)
+                tally.begin_decode(record)
                 if record.first_token_at is None:
                     record.first_token_at = now
             if record.state is decoding or record.state is RequestState.MIGRATING:
-                record.emitted += counts[index] if counts else 1
+                count = counts[index] if counts else 1
+                record.emitted += count
+                grown += count
+        tally.context_tokens += grown
         if slot.reserved:
             self._isolation.stepped(report)
         for end in report.finished:
@@ -388,6 +400,7 @@ class Dispatcher:
         if record.state in (RequestState.DECODING, RequestState.MIGRATING):
             record.pending = report.lost_tokens
             slot.pending_tokens += report.lost_tokens
+            slot.tally.prompts[record.request.id] = record
             slot.touch()
 
     def _given_back(

@@ -24,12 +24,8 @@ from appliance.core.audit import Audit
 from appliance.core.lifecycle import WorkerState
 from appliance.core.messages import RoleChanged, SetRole
 from appliance.core.node_state import NodeState
-from appliance.core.slots import PolicyMistake, RolePlan, RolesSlot
 from appliance.core.types import Role, WorkerId
 from appliance.core.worker_table import WorkerSlot
-
-AFTER_A_FLIP = 0.001
-"""Seconds after a transaction before the policy is asked again."""
 
 
 class Flip:
@@ -57,17 +53,18 @@ class Flipper:
         self._state = state
         self._audit = audit
         self._flips: list[Flip] = []
-        self._ask_again = float("-inf")
-        self._wake = False
-        self._last_trigger = ""
+        self.ended_at = float("-inf")
+        """When the last transaction was over."""
 
     @property
     def next_deadline(self) -> float | None:
         """When to look again even if nothing happens."""
-        times = [flip.deadline for flip in self._flips]
-        if self._wake and not self._flips:
-            times.append(self._ask_again)
-        return min(times, default=None)
+        return min((flip.deadline for flip in self._flips), default=None)
+
+    @property
+    def is_flipping(self) -> bool:
+        """Whether any transaction is under way."""
+        return bool(self._flips)
 
     def is_busy(self, worker: WorkerId) -> bool:
         """Whether that worker is in a transaction."""
@@ -78,7 +75,7 @@ class Flipper:
     def asked(self, message: RolesAsked, now: float) -> None:
         """An operator wants a flip."""
         roles = dict(message.roles)
-        wrong = self._refusal(roles)
+        wrong = self.refusal(roles)
         if wrong:
             self._answer(message.ask, Outcome.REFUSED, seconds=0.0, reason=wrong)
             return
@@ -89,44 +86,9 @@ class Flipper:
         decided = self._audit.decide(
             "flip", now, by="operator", workers=tuple(changed), trigger=_words(changed)
         )
-        self._begin(changed, decided, now, ask=message.ask)
+        self.begin(changed, decided, now, ask=message.ask)
 
-    def ask_policy(self, roles: RolesSlot, now: float) -> None:
-        """Let the policy say whether roles should change. Asked between transactions only."""
-        if self._state.is_draining:
-            self._wake = False
-            return
-        if now < self._ask_again or self._flips:
-            return
-        plan = roles(self._state.view, now)
-        if plan.again <= now:
-            raise PolicyMistake(f"roles: asks to be asked again at {plan.again}, now is {now}")
-        self._ask_again, self._wake = plan.again, plan.alarm
-        wanted = {
-            worker: role
-            for worker, role in plan.roles.items()
-            if worker not in self._state.slots or self._state.slots[worker].role is not role
-        }
-        wrong = self._refusal(wanted) if wanted else ""
-        if wanted and not wrong:
-            self._begin(wanted, self._decided(plan, now, kind="flip"), now, ask=None)
-        elif plan.trigger != self._last_trigger:
-            self._decided(plan, now, kind="none", outcome=wrong or "nothing changes")
-        self._last_trigger = plan.trigger
-
-    def _decided(self, plan: RolePlan, now: float, *, kind: str, outcome: str = "") -> Decided:
-        return self._audit.decide(
-            kind,
-            now,
-            by="controller",
-            workers=tuple(plan.roles),
-            trigger=plan.trigger,
-            prediction=plan.prediction,
-            cost=plan.cost,
-            outcome=outcome,
-        )
-
-    def _refusal(self, roles: Mapping[WorkerId, Role]) -> str:
+    def refusal(self, roles: Mapping[WorkerId, Role]) -> str:
         """Why these workers cannot flip now; empty if they can."""
         if not roles:
             return "no worker is named"
@@ -144,9 +106,15 @@ class Flipper:
                 return f"worker {worker} is tried with a request that may have killed others"
         return ""
 
-    def _begin(
-        self, roles: Mapping[WorkerId, Role], decided: Decided, now: float, *, ask: int | None
+    def begin(
+        self,
+        roles: Mapping[WorkerId, Role],
+        decided: Decided,
+        now: float,
+        *,
+        ask: int | None = None,
     ) -> None:
+        """Begin a transaction that `refusal` has nothing against."""
         flip = Flip(roles, decided, ask=ask, deadline=now + self._state.config.drain_seconds)
         self._flips.append(flip)
         for worker, role in flip.roles.items():
@@ -254,7 +222,7 @@ class Flipper:
     ) -> None:
         self._flips.remove(flip)
         self._state.note_roles()
-        self._ask_again = max(self._ask_again, now + AFTER_A_FLIP)
+        self.ended_at = now
         moved = sum(self._state.slots[w].moved_out for w in flip.roles) - flip.moved_before
         self._audit.conclude(flip.decided, words)
         if flip.ask is not None:

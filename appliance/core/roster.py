@@ -5,6 +5,10 @@ then leaves its process up, with weights mapped and links open; *wake* puts it b
 once. A worker that was specified as `parked` goes on standby when it comes up. *Add* makes a new
 worker known, which is started like any other.
 
+Operators ask for that by messages, the controller by its plans (`appliance.core.steering`). A worker
+that an operator parked stays on standby until an operator wakes it: the controller wakes only those
+that began there or that it parked itself. It adds workers only from `DispatcherConfig.spares`.
+
 A worker that cannot be emptied within `park_seconds` serves on. The last one in service is not
 parked, nor one whose pool alone is large enough for a request that lives. When all others are
 quarantined a parked worker is woken without being asked."""
@@ -16,16 +20,16 @@ from appliance.core.life_keeping import LifeKeeper
 from appliance.core.lifecycle import WorkerState
 from appliance.core.messages import Park, Wake
 from appliance.core.node_state import NodeState
-from appliance.core.types import WorkerId
+from appliance.core.types import Role, WorkerId, WorkerSpec
 from appliance.core.worker_table import WorkerSlot
 
 COMING = frozenset({WorkerState.STARTING, WorkerState.DEAD})
 
 
 class Ask:
-    """Something asked for that takes time."""
+    """Something that takes time; `ask` is None where nobody asked for it."""
 
-    def __init__(self, ask: int, decided: Decided, *, deadline: float | None = None) -> None:
+    def __init__(self, ask: int | None, decided: Decided, *, deadline: float | None = None) -> None:
         self.ask = ask
         self.decided = decided
         self.deadline = deadline
@@ -55,30 +59,34 @@ class Roster:
         """Take a worker out of service, its process kept."""
         slot = self._state.slots.get(message.worker)
         if slot is not None and slot.state is WorkerState.PARKED:
+            slot.on_call = False
+            slot.touch()
             self._answer(message.ask, Outcome.DONE)
             return
-        wrong = self._park_refusal(message.worker)
+        wrong = self.park_refusal(message.worker)
         if wrong or slot is None:
             self._answer(message.ask, Outcome.REFUSED, reason=wrong)
-            return
-        slot.parked = True
-        self._state.note_roles()
-        if any(too_large(self._state, each.request) for each in self._state.requests.records()):
-            slot.parked = False
-            self._state.note_roles()
-            words = f"only worker {slot.id} has memory enough for a request that is being served"
-            self._answer(message.ask, Outcome.REFUSED, reason=words)
             return
         decided = self._audit.decide(
             "park", now, by="operator", workers=(slot.id,), trigger="asked"
         )
+        slot.on_call = False
+        self.park(slot, decided, now, ask=message.ask)
+
+    def park(
+        self, slot: WorkerSlot, decided: Decided, now: float, *, ask: int | None = None
+    ) -> None:
+        """Begin to take a worker out of service that `park_refusal` has nothing against."""
+        slot.parked = True
+        self._state.note_roles()
         deadline = now + self._state.config.park_seconds
-        ask = self._parking[slot.id] = Ask(message.ask, decided, deadline=deadline)
-        ask.moved_before = slot.moved_out
+        begun = self._parking[slot.id] = Ask(ask, decided, deadline=deadline)
+        begun.moved_before = slot.moved_out
         slot.go(WorkerState.DRAINING)
         self._state.moves.call_off_incoming(slot, now)
 
-    def _park_refusal(self, worker: WorkerId) -> str:
+    def park_refusal(self, worker: WorkerId) -> str:
+        """Why this worker cannot be parked now; empty if it can."""
         slot = self._state.slots.get(worker)
         if slot is None:
             return f"there is no worker {worker}"
@@ -92,7 +100,13 @@ class Roster:
             for other in self._state.slots.values()
             if other is not slot and other.state is WorkerState.READY and not other.parked
         ]
-        return "" if others else f"worker {worker} is the only one in service"
+        if not others:
+            return f"worker {worker} is the only one in service"
+        slot.parked = True
+        needed = any(too_large(self._state, one.request) for one in self._state.requests.records())
+        slot.parked = False
+        words = f"only worker {worker} has memory enough for a request that is being served"
+        return words if needed else ""
 
     def wake_asked(self, message: WakeAsked, now: float) -> None:
         """Put a parked worker back into service, or start a quarantined one again."""
@@ -111,14 +125,36 @@ class Roster:
             decided = self._audit.decide(
                 "wake", now, by="operator", workers=(slot.id,), trigger="asked"
             )
-            ask = Ask(message.ask, decided)
-            if slot.state in COMING:
-                slot.parked = False
-                self._state.note_roles()
-                self._coming[slot.id] = ask
-            else:
-                self._wake(slot)
-                self._end(ask, now, outcome=Outcome.DONE)
+            self.wake(slot.id, decided, now, ask=message.ask)
+
+    def wake_refusal(self, worker: WorkerId) -> str:
+        """Why the controller may not wake this worker; empty if it may. One that is being parked
+        for it may be called back."""
+        slot = self._state.slots.get(worker)
+        if slot is None:
+            return f"there is no worker {worker}"
+        if slot.state is WorkerState.QUARANTINED:
+            return f"worker {worker} died too often"
+        return "" if slot.on_call else f"worker {worker} was parked by an operator"
+
+    def wake(
+        self, worker: WorkerId, decided: Decided, now: float, *, ask: int | None = None
+    ) -> None:
+        """Put a worker back into service that is parked, is being parked, or will be when it is
+        up."""
+        slot = self._state.slots[worker]
+        slot.on_call = True
+        begun = Ask(ask, decided)
+        if slot.id in self._parking:
+            self._serve_on(slot, now, reason="it is needed")
+        elif slot.state in COMING:
+            slot.parked = False
+            self._state.note_roles()
+            self._coming[slot.id] = begun
+            return
+        else:
+            self._wake(slot)
+        self._end(begun, now, outcome=Outcome.DONE)
 
     def _restart(self, slot: WorkerSlot, ask: int, now: float) -> None:
         """End a quarantine: the worker begins with a clean record."""
@@ -141,11 +177,26 @@ class Roster:
             self._answer(message.ask, Outcome.REFUSED, reason=reason)
             return
         decided = self._audit.decide("add", now, by="operator", workers=(spec.id,), trigger="asked")
+        self.add(spec, decided, now, ask=message.ask)
+
+    def next_spare(self) -> WorkerSpec | None:
+        """The worker that the controller would add."""
+        return next((s for s in self._state.spares if s.id not in self._state.slots), None)
+
+    def add(
+        self, spec: WorkerSpec, decided: Decided, now: float, *, ask: int | None = None
+    ) -> None:
+        """Make a new worker known; it is started."""
         slot = self._state.slots[spec.id] = WorkerSlot(spec)
+        self._state.spares = [each for each in self._state.spares if each.id != spec.id]
         self._state.note_roles()
         slot.start_at = now
         self._life.plan()
-        self._coming[spec.id] = Ask(message.ask, decided)
+        self._coming[spec.id] = Ask(ask, decided)
+
+    def busy_pools(self) -> set[Role]:
+        """Roles of workers that are being parked or are on their way into service."""
+        return {self._state.slots[worker].role for worker in (*self._parking, *self._coming)}
 
     # --- following ----------------------------------------------------------------------------
 
@@ -190,7 +241,7 @@ class Roster:
 
     def _serve_on(self, slot: WorkerSlot, now: float, *, reason: str) -> None:
         ask = self._parking.pop(slot.id)
-        slot.parked = False
+        slot.parked, slot.on_call = False, True
         self._state.note_roles()
         slot.touch()
         if slot.state is WorkerState.DRAINING:
@@ -199,7 +250,7 @@ class Roster:
         self._end(ask, now, outcome=Outcome.ROLLED_BACK, moved=moved, reason=reason)
 
     def _wake(self, slot: WorkerSlot) -> None:
-        slot.parked = False
+        slot.parked, slot.on_call = False, True
         self._state.note_roles()
         slot.touch()
         if slot.state is WorkerState.PARKED:
@@ -230,13 +281,15 @@ class Roster:
 
     def _answer(
         self,
-        ask: int,
+        ask: int | None,
         outcome: Outcome,
         *,
         seconds: float = 0.0,
         migrated: int = 0,
         reason: str = "",
     ) -> None:
-        self._state.out.append(
-            Answered(ask=ask, outcome=outcome, seconds=seconds, migrated=migrated, reason=reason)
-        )
+        if ask is not None:
+            answer = Answered(
+                ask=ask, outcome=outcome, seconds=seconds, migrated=migrated, reason=reason
+            )
+            self._state.out.append(answer)

@@ -58,6 +58,27 @@ class WorkerView(Record, frozen=True, kw_only=True):
     """The role it is about to take; None unless it flips."""
     parked: bool = False
     """Wanted on standby: it is parked, on its way there, or will be when it is up."""
+    on_call: bool = True
+    """The controller may wake it: no operator has parked it."""
+    decodes: int = 0
+    """Sequences that emit there."""
+    context_tokens: int = 0
+    """Their prompt and emitted tokens: the KV that a step reads."""
+    tightest_tpot: float | None = None
+    """The least TPOT budget of all that are there or on their way, the demoted aside."""
+    promised_blocks: int = 0
+    """What `incoming` needs."""
+
+
+class PromptView(Record, frozen=True, kw_only=True):
+    """One request whose prefill is assigned to a worker and not known to be done."""
+
+    request: Request
+    tokens: int
+    """To compute, when it was assigned."""
+    heard: bool
+    """The worker has reported since: what it did of them is in `WorkerView.load`."""
+    demoted: bool
 
 
 class RunningView(Record, frozen=True, kw_only=True):
@@ -68,6 +89,8 @@ class RunningView(Record, frozen=True, kw_only=True):
     decoding: bool
     """Its first token from there has come."""
     moving: bool
+    demoted: bool = False
+    first_token_at: float | None = None
 
 
 class PrefixPlan(Record, frozen=True, kw_only=True):
@@ -86,6 +109,17 @@ class PrefixPlan(Record, frozen=True, kw_only=True):
         return max(self.local_blocks, self.pull_blocks)
 
 
+class QueueChanges(Record, frozen=True, kw_only=True):
+    """What came into the queue and what left it, first first.
+
+    `changes` are (request, it came); with `whole` they are the whole queue, and what was known of
+    it before is void. `mark` is what to ask with next time."""
+
+    mark: int
+    changes: Sequence[tuple[Request, bool]]
+    whole: bool = False
+
+
 class Traffic(Record, frozen=True, kw_only=True):
     """What came and went since the node began; counts and sums."""
 
@@ -96,6 +130,10 @@ class Traffic(Record, frozen=True, kw_only=True):
     met: int
     """Answers with targets that met all of them."""
     missed: int
+    demoted: int = 0
+    """Requests whose targets were given up."""
+    refused: int = 0
+    """Requests that were accepted, and ended because their targets could not be met."""
     instance_seconds: float = 0.0
     """What the workers cost: the time of each that it was not on standby (or quarantined), its
     starts and its winding down included; up to the last message."""
@@ -190,6 +228,16 @@ class NodeView(Protocol):
 
     def links(self, worker: WorkerId) -> Mapping[WorkerId, float]:
         """Peers that this worker can copy from, with bytes per second as probed."""
+
+    def prompts(self, worker: WorkerId) -> Sequence[PromptView]:
+        """What of prefill is assigned to that worker, oldest first; few, unlike `running`."""
+
+    def queue_changes(self, since: int) -> QueueChanges:
+        """What came into the queue and what left it after the mark `since` (0: all), so that a
+        policy can keep an order of its own without looking at all that waits."""
+
+    def is_demoted(self, request: RequestId) -> bool:
+        """Whether the targets of this live request were given up."""
 
     def running(self, worker: WorkerId) -> Sequence[RunningView]:
         """What is assigned to that worker, oldest assignment first."""

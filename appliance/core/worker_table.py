@@ -21,6 +21,7 @@ from appliance.core.types import (
     WorkerSpec,
 )
 from appliance.core.view import WorkerView
+from appliance.core.worker_tally import WorkerTally
 
 NO_LOAD = WorkerLoad(
     blocks_total=0,
@@ -54,6 +55,8 @@ class WorkerSlot:
         """Number of the last `SetRole`."""
         self.parked = spec.parked
         """Wanted on standby: it gets no work, or is losing it."""
+        self.on_call = True
+        """The controller may wake it; False once an operator has parked it."""
         self.state = WorkerState.STARTING
         self.epoch = 0
         """Number of the present incarnation; 0 before the first start was asked for."""
@@ -72,6 +75,8 @@ class WorkerSlot:
         self.assigned: dict[RequestId, RequestRecord] = {}
         self.pending_tokens = 0
         """Sum of `pending` of those assigned."""
+        self.tally = WorkerTally()
+        """What `assigned` and `incoming` add up to."""
         self.incoming: dict[RequestId, RequestRecord] = {}
         """Requests of others that it pulls. They become `assigned` when their source has
         stopped."""
@@ -112,6 +117,35 @@ class WorkerSlot:
 
     def touch(self) -> None:
         """Something that the view shows has changed."""
+        self._view = None
+
+    def seat(self, record: RequestRecord) -> None:
+        """The request is this worker's."""
+        self.assigned[record.request.id] = record
+        self.tally.enter(record)
+        self._view = None
+
+    def unseat(self, record: RequestRecord) -> None:
+        """It is so no longer; its prefill has been settled."""
+        del self.assigned[record.request.id]
+        self.tally.leave(record)
+        self.tally.end_decode(record)
+        self.changes += 1
+        self._view = None
+
+    def expect(self, record: RequestRecord, blocks: int) -> None:
+        """The request begins to move here."""
+        self.incoming[record.request.id] = record
+        self.promised_blocks += blocks
+        self.tally.enter(record)
+        self._view = None
+
+    def unexpect(self, record: RequestRecord, blocks: int) -> None:
+        """It has come, or does not."""
+        del self.incoming[record.request.id]
+        self.promised_blocks -= blocks
+        self.tally.leave(record)
+        self.changes += 1
         self._view = None
 
     def go(self, state: WorkerState) -> None:
@@ -277,7 +311,12 @@ class WorkerSlot:
                 tier_blocks=len(self.tier),
                 role_since=self.role_since,
                 next_role=self.next_role,
+                decodes=self.tally.decodes,
+                context_tokens=self.tally.context_tokens,
+                tightest_tpot=self.tally.tightest_tpot,
+                promised_blocks=self.promised_blocks,
                 parked=self.parked,
+                on_call=self.on_call,
             )
         return self._view
 
