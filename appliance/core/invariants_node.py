@@ -48,6 +48,8 @@ def law_0_books_agree(heard: Heard) -> None:
         _want(0, slot.pending_tokens == pending, f"worker {slot.id}: pending tokens differ")
         promised = sum(record.move.blocks for record in slot.incoming.values() if record.move)
         _want(0, slot.promised_blocks == promised, f"worker {slot.id}: promised blocks differ")
+        here, coming = list(slot.assigned.values()), list(slot.incoming.values())
+        _want(0, slot.tally.agrees(here, coming), f"worker {slot.id}: its tally differs")
         stray = [id_ for id_, record in slot.assigned.items() if record.worker != slot.id]
         _want(0, not stray, f"worker {slot.id} lists requests {stray} that are elsewhere")
 

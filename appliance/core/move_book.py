@@ -84,9 +84,7 @@ class MoveBook:
             blocks=target.blocks_of(record),
             began=now,
         )
-        target.incoming[record.request.id] = record
-        target.promised_blocks += move.blocks
-        target.touch()
+        target.expect(record, move.blocks)
         if record.state is RequestState.DECODING:
             self._state.requests.move(record, RequestState.MIGRATING, now, worker=source.id)
         self._state.out.append(
@@ -114,12 +112,10 @@ class MoveBook:
         source, target = self._state.slots[move.source], self._state.slots[move.target]
         move.stopped = move.leased = True
         self._state.settle(record)
-        del source.assigned[record.request.id]
+        source.unseat(record)
         source.leased[record.request.id] = move.id
-        source.changes += 1
-        source.touch()
         self._not_incoming(record, move)
-        target.assigned[record.request.id] = record
+        target.seat(record)
         target.given = True
         self._state.requests.move(record, RequestState.HANDING_OFF, now, worker=target.id)
 
@@ -130,6 +126,7 @@ class MoveBook:
         record.moves_failed = 0
         record.reports_before = COMPUTED
         self._state.slots[move.source].moved_out += 1
+        self._state.slots[move.target].tally.begin_decode(record)
         self._state.requests.move(record, RequestState.DECODING, now, worker=move.target)
         if move.leased:
             self._state.out.append(
@@ -164,12 +161,10 @@ class MoveBook:
             self._state.requeue(record, now)
             return
         record.move = None
-        del self._state.slots[move.target].assigned[record.request.id]
-        self._state.slots[move.target].changes += 1
-        self._state.slots[move.target].touch()
+        self._state.slots[move.target].unseat(record)
         source.leased.pop(record.request.id, None)
-        source.assigned[record.request.id] = record
-        source.touch()
+        source.seat(record)
+        source.tally.begin_decode(record)
         record.reports_before = COMPUTED
         self._state.requests.move(record, RequestState.DECODING, now, worker=source.id)
         self._resume(record, move, now, pause=True)
@@ -186,11 +181,7 @@ class MoveBook:
         )
 
     def _not_incoming(self, record: RequestRecord, move: Move) -> None:
-        target = self._state.slots[move.target]
-        del target.incoming[record.request.id]
-        target.promised_blocks -= move.blocks
-        target.changes += 1
-        target.touch()
+        self._state.slots[move.target].unexpect(record, move.blocks)
 
     def drop(self, record: RequestRecord) -> None:
         """The request ends or waits again: the other worker of its move forgets it."""

@@ -37,6 +37,8 @@ class Totals:
         self.emitted_tokens = 0
         self.met = 0
         self.missed = 0
+        self.demoted = 0
+        self.refused = 0
         self.instance_seconds = 0.0
 
     def count_end(self, record: RequestRecord, now: float) -> None:
@@ -231,10 +233,10 @@ class NodeState:
         record.trial_steps = 0
         record.reports_before = slot.num_loads
         record.pending = pending
-        slot.assigned[record.request.id] = record
+        slot.seat(record)
         slot.pending_tokens += pending
+        slot.tally.prompts[record.request.id] = record
         slot.given = True
-        slot.touch()
         self.out.append(
             Assign(
                 worker=slot.id,
@@ -251,6 +253,7 @@ class NodeState:
             slot = self.slots[record.worker]
             slot.pending_tokens -= record.pending
             record.pending = 0
+            del slot.tally.prompts[record.request.id]
             slot.touch()
 
     def requeue(
@@ -271,10 +274,24 @@ class NodeState:
         if worker is None:
             raise ValueError(f"nothing to abort; {record.story()}")
         self.settle(record)
+        self.slots[worker].tally.end_decode(record)
         record.cancel_kind = kind
         self.moves.drop(record)
         self.requests.move(record, RequestState.CANCELLING, now, worker=worker)
         self.out.append(Abort(worker=worker, request_id=record.request.id))
+
+    def demote(self, record: RequestRecord) -> None:
+        """Give up its targets: it is served as best effort from now on."""
+        if record.demoted:
+            return
+        if record.worker is not None:
+            self.slots[record.worker].tally.leave(record)
+            self.slots[record.worker].touch()
+        if record.move is not None and not record.move.stopped:
+            self.slots[record.move.target].tally.leave(record)
+            self.slots[record.move.target].touch()
+        record.demoted = True
+        self.totals.demoted += 1
 
     def finish(
         self, record: RequestRecord, now: float, *, reason: FinishReason, cached_tokens: int
@@ -322,8 +339,7 @@ class NodeState:
         self.left(record, other)
         self._leave(record)
         record.worker = other.id
-        other.assigned[record.request.id] = record
-        other.touch()
+        other.seat(record)
 
     def end_cancelled(self, record: RequestRecord, now: float) -> None:
         """End a CANCELLING request."""
@@ -351,8 +367,6 @@ class NodeState:
         self.moves.drop(record)
         self.settle(record)
         slot = self.slots[record.worker]
-        del slot.assigned[record.request.id]
-        slot.changes += 1
-        slot.touch()
+        slot.unseat(record)
         record.isolated = False
         record.resumed = None

@@ -6,8 +6,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from appliance.core.lifecycle import RequestState
-from appliance.core.types import BlockHash, Phase, Request, WorkerId
-from appliance.core.view import CostView, PrefixPlan, RunningView, Targets, Traffic, WorkerView
+from appliance.core.types import BlockHash, Phase, Request, RequestId, WorkerId
+from appliance.core.view import (
+    CostView,
+    PrefixPlan,
+    PromptView,
+    QueueChanges,
+    RunningView,
+    Targets,
+    Traffic,
+    WorkerView,
+)
 
 if TYPE_CHECKING:
     from appliance.core.node_state import NodeState
@@ -51,6 +60,8 @@ class DispatcherView:
             emitted_tokens=totals.emitted_tokens,
             met=totals.met,
             missed=totals.missed,
+            demoted=totals.demoted,
+            refused=totals.refused,
             instance_seconds=totals.instance_seconds,
         )
 
@@ -107,6 +118,30 @@ class DispatcherView:
         """Peers that this worker can copy from, with bytes per second."""
         return MappingProxyType(self._state.links.get(worker, {}))
 
+    def prompts(self, worker: WorkerId) -> Sequence[PromptView]:
+        """What of prefill is assigned to that worker, oldest first."""
+        slot = self._state.slots.get(worker)
+        if slot is None or not slot.tally.prompts:
+            return ()
+        return [
+            PromptView(
+                request=record.request,
+                tokens=record.pending,
+                heard=record.reports_before != slot.num_loads,
+                demoted=record.demoted,
+            )
+            for record in slot.tally.prompts.values()
+        ]
+
+    def queue_changes(self, since: int) -> QueueChanges:
+        """What came into the queue and what left it after the mark `since`."""
+        return self._state.requests.queue.changes(since)
+
+    def is_demoted(self, request: RequestId) -> bool:
+        """Whether the targets of this live request were given up."""
+        record = self._state.requests.get(request)
+        return record is not None and record.demoted
+
     def running(self, worker: WorkerId) -> Sequence[RunningView]:
         """What is assigned to that worker, oldest assignment first."""
         slot = self._state.slots.get(worker)
@@ -118,6 +153,8 @@ class DispatcherView:
                 emitted=record.emitted,
                 decoding=record.state in decoding,
                 moving=record.move is not None,
+                demoted=record.demoted,
+                first_token_at=record.first_token_at,
             )
             for record in records
         ]

@@ -14,6 +14,7 @@ from appliance.core.lifecycle import (
     check_request_move,
 )
 from appliance.core.types import ErrorKind, MoveId, Request, RequestId, WorkerId
+from appliance.core.view import QueueChanges
 
 
 class Move:
@@ -52,6 +53,7 @@ class RequestRecord:
         "avoid",
         "cancel_kind",
         "deaths",
+        "decodes",
         "demoted",
         "emitted",
         "first_token_at",
@@ -85,6 +87,8 @@ class RequestRecord:
         self.pending = 0
         """Prefill tokens it counts for at its worker; 0 once a token has come from there."""
         self.first_token_at: float | None = None
+        self.decodes = False
+        """Tokens come from its worker, and it is counted in that one's `WorkerTally`."""
         self.demoted = False
         """Its budget cannot be met any more: it is served after others."""
         self.deaths: list[tuple[WorkerId, int]] = []
@@ -140,6 +144,10 @@ class RequestRecord:
         return f"request {self.request.id}: " + ", ".join(moves)
 
 
+LOG_LENGTH = 2048
+"""Changes of the queue that are remembered, at most."""
+
+
 class WaitingQueue:
     """Waiting requests in the order described above; `requests()` costs a copy only after a
     change."""
@@ -148,6 +156,8 @@ class WaitingQueue:
         self._keys: list[tuple[bool, float, RequestId]] = []
         self._requests: list[Request] = []
         self._snapshot: tuple[Request, ...] | None = ()
+        self._log: list[tuple[Request, bool]] = []
+        self._log_start = 0
         self.tokens = 0
         """Prompt tokens of all of them."""
 
@@ -162,6 +172,7 @@ class WaitingQueue:
         keys.insert(index, key)
         self._requests.insert(index, record.request)
         self._snapshot = None
+        self._note((record.request, True))
         self.tokens += record.request.prompt_tokens
 
     def remove(self, record: RequestRecord) -> None:
@@ -173,6 +184,7 @@ class WaitingQueue:
         del self._keys[index]
         del self._requests[index]
         self._snapshot = None
+        self._note((record.request, False))
         self.tokens -= record.request.prompt_tokens
 
     def requests(self) -> tuple[Request, ...]:
@@ -180,6 +192,21 @@ class WaitingQueue:
         if self._snapshot is None:
             self._snapshot = tuple(self._requests)
         return self._snapshot
+
+    def changes(self, since: int) -> QueueChanges:
+        """What happened after the mark `since` (0: from the beginning)."""
+        log, start = self._log, self._log_start
+        mark = start + len(log)
+        if since < start:
+            whole = [(request, True) for request in self._requests]
+            return QueueChanges(mark=mark, changes=whole, whole=True)
+        return QueueChanges(mark=mark, changes=log[since - start :] if since < mark else ())
+
+    def _note(self, change: tuple[Request, bool]) -> None:
+        self._log.append(change)
+        if len(self._log) > LOG_LENGTH:
+            del self._log[: LOG_LENGTH // 2]
+            self._log_start += LOG_LENGTH // 2
 
     @staticmethod
     def _key(record: RequestRecord) -> tuple[bool, float, RequestId]:

@@ -6,7 +6,7 @@ algorithm is one file with a few functions or one small class.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from msgspec import field
 
@@ -55,6 +55,25 @@ class PlaceSlot(Protocol):
     def __call__(
         self, view: NodeView, request: Request, phase: Phase, now: float
     ) -> WorkerId | None: ...
+
+
+class Late(Record, frozen=True, kw_only=True):
+    """What becomes of a live request whose targets cannot be met any more.
+
+    "demote": it is served as best effort, and never dropped; its budgets bind nobody else. "refuse"
+    (only while it waits and nothing of it was sent): it ends with `ErrorKind.BUDGET`. `reason` is
+    for the client and the audit."""
+
+    id: RequestId
+    action: Literal["demote", "refuse"]
+    reason: str
+
+
+class LateSlot(Protocol):
+    """Whose targets cannot be met any more? Asked after every message, before `order`; each request
+    is to be named once."""
+
+    def __call__(self, view: NodeView, now: float) -> Sequence[Late]: ...
 
 
 class RolePlan(Record, frozen=True, kw_only=True):
@@ -132,13 +151,15 @@ class NodeWakeSlot(Protocol):
 
 class DispatchSlots(Record, frozen=True, kw_only=True):
     """The slots filled in the Dispatcher. Without `roles` nobody flips but operators, without
-    `migrate` nothing moves but for hand-offs, drains and flips."""
+    `migrate` nothing moves but for hand-offs, drains and flips, without `late` nobody is
+    demoted."""
 
     admit: AdmitSlot
     order: OrderSlot
     place: PlaceSlot
     wakeup: NodeWakeSlot
     roles: RolesSlot | None = None
+    late: LateSlot | None = None
     migrate: MigrateSlot | None = None
 
 
