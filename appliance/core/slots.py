@@ -176,3 +176,5 @@ class Policy(Record, frozen=True, kw_only=True):
     name: str
     dispatch: DispatchSlots
     batch: BatchSlots
+    uses_priority: bool = False
+    """Whether it looks at `Request.priority`; otherwise clients are told that it is ignored."""

@@ -3,12 +3,23 @@
 Each is a slot of `appliance.core.slots`, or makes one from its settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from appliance.core.lifecycle import WorkerState
-from appliance.core.slots import Accept, Admission, AdmitSlot, MigrateSlot, Migration, Refuse
+from appliance.core.slots import (
+    Accept,
+    Admission,
+    AdmitSlot,
+    DispatchSlots,
+    MigrateSlot,
+    Migration,
+    OrderSlot,
+    PlaceSlot,
+    Refuse,
+)
 from appliance.core.types import ErrorKind, Phase, Request, Role, WorkerId
-from appliance.core.view import NodeView
+from appliance.core.view import NodeView, WorkerView
 
 
 def admit_all(view: NodeView, request: Request, now: float) -> Admission:
@@ -39,6 +50,34 @@ def order_fcfs(queue: Sequence[Request], view: NodeView, now: float) -> Sequence
     """First come, first served: the queue as the mechanism keeps it."""
     del view, now
     return queue
+
+
+def order_by(urgency: Callable[[Request], Any]) -> OrderSlot:
+    """The most urgent first, and equal ones as the mechanism keeps them."""
+
+    def order(queue: Sequence[Request], view: NodeView, now: float) -> Sequence[Request]:
+        del view, now
+        return sorted(queue, key=urgency) if len(queue) > 1 else queue
+
+    return order
+
+
+def place_least(load: Callable[[WorkerView], float]) -> PlaceSlot:
+    """The willing worker with the least of that, the lower id where equal; for decode those meant
+    for it first, for prompts last."""
+
+    def place(view: NodeView, request: Request, phase: Phase, now: float) -> WorkerId | None:
+        willing = view.willing(request, now, phase)
+        if len(willing) < 2:
+            return willing[0] if willing else None
+        workers, decode = view.workers, phase is Phase.DECODE
+        keys = (
+            ((workers[each].role is Role.DECODE) is not decode, load(workers[each]), each)
+            for each in willing
+        )
+        return min(keys)[2]
+
+    return place
 
 
 def place_least_work(view: NodeView, request: Request, phase: Phase, now: float) -> WorkerId | None:
@@ -95,6 +134,19 @@ def migrate_evenly(*, gap: int) -> MigrateSlot:
         return ()
 
     return migrate
+
+
+def slots(
+    *,
+    order: OrderSlot = order_fcfs,
+    place: PlaceSlot = place_least_work,
+    migrate: MigrateSlot | None = None,
+) -> DispatchSlots:
+    """The Dispatcher's slots of a policy that takes in everything and waits for nothing; what it
+    does not name is done as under first come, first served."""
+    return DispatchSlots(
+        admit=admit_all, order=order, place=place, wakeup=never_wake, migrate=migrate
+    )
 
 
 def never_wake(view: NodeView, now: float) -> float | None:

@@ -16,7 +16,7 @@ def test_the_table_knows_its_policies_by_name() -> None:
     ("name", "settings", "words"),
     [
         ("fcsf", {}, "no policy 'fcsf'; did you mean 'fcfs'?"),
-        ("lottery", {}, "no policy 'lottery'; known: fcfs"),
+        ("lottery", {}, "no policy 'lottery'; known: all-mixed, edf, fcfs"),
         ("fcfs", {"max_waitin": 3}, "no setting 'max_waitin'; did you mean 'max_waiting'?"),
         ("fcfs", {"colour": 3}, "known: max_waiting, max_waiting_tokens"),
         ("fcfs", {"max_waiting": "many"}, r"\$\.max_waiting"),

@@ -1,0 +1,42 @@
+"""Earliest deadline first: by when the first token is due, at the node and in a step.
+
+After Liu and Layland (J. ACM 20(1), 1973), plain: optimal while everything can be in time, and it
+collapses when not, since what is late already stays the most urgent of all. A request without a
+target for its first token counts by its end-to-end target, and one without either comes last. It
+is the one with the latest deadline that is preempted. Weights, costs and lengths play no part."""
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+
+from appliance.core.slots import Policy
+from appliance.core.types import Request
+from appliance.core.view import SeqView
+from appliance.policy.dispatch_parts import order_by, slots
+from appliance.policy.parts import urgent_batch
+from appliance.policy.settings import read_settings
+
+
+class EdfSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """None."""
+
+
+def deadline(request: Request) -> float:
+    """When it is due, on the node's clock; infinite without a target."""
+    slo = request.slo
+    due = slo.e2e if slo.ttft is None else slo.ttft
+    return math.inf if due is None else request.arrived + due
+
+
+def _urgency(seq: SeqView) -> tuple[float, float]:
+    request = seq.request
+    return (deadline(request), request.arrived)
+
+
+def edf(settings: Mapping[str, object]) -> Policy:
+    """The policy. Raises `PolicySettingsError` for a setting."""
+    read_settings(EdfSettings, settings, policy="edf")
+    return Policy(
+        name="edf", dispatch=slots(order=order_by(deadline)), batch=urgent_batch(_urgency)
+    )
