@@ -254,8 +254,7 @@ class Dispatcher:
             match self._policy.admit(state.view, request, now):
                 case Accept():
                     state.requests.add(request, now)
-                    state.totals.arrived += 1
-                    state.totals.prompt_tokens += request.prompt_tokens
+                    state.totals.count_arrival(request, state.cost)
                     return
                 case Refuse(kind=kind, reason=reason, retry_after=after):
                     if after is None and kind in (ErrorKind.QUEUE_FULL, ErrorKind.BUDGET):
@@ -362,6 +361,7 @@ class Dispatcher:
         slot.stepped = True
         slot.proved_at = now
         self._state.cost.observe(report)
+        self._state.totals.prefilled_tokens += report.prefill_tokens
         assigned, decoding = slot.assigned, RequestState.DECODING
         counts, tally, grown = report.counts, slot.tally, 0
         for index, request_id in enumerate(report.ids):

@@ -19,6 +19,7 @@ from appliance.core.types import (
     BlockHash,
     ErrorKind,
     FinishReason,
+    Request,
     Role,
     WorkerId,
     WorkerSpec,
@@ -39,7 +40,15 @@ class Totals:
         self.missed = 0
         self.demoted = 0
         self.refused = 0
+        self.expected_tokens = 0.0
+        self.prefilled_tokens = 0
         self.instance_seconds = 0.0
+
+    def count_arrival(self, request: Request, cost: CostModel) -> None:
+        """A request was accepted."""
+        self.arrived += 1
+        self.prompt_tokens += request.prompt_tokens
+        self.expected_tokens += cost.lengths.at(request.slo.class_name, MEAN_QUANTILE)
 
     def count_end(self, record: RequestRecord, now: float) -> None:
         """An answer is complete."""
@@ -61,6 +70,8 @@ class Totals:
             self.missed += 1
 
 
+MEAN_QUANTILE = 0.67
+"""Where the mean of a log-normal length lies whose logarithm has a standard deviation of 0.9."""
 HOST_BYTES_PER_SECOND = 10e9
 """Of a copy from a worker's host tier while no link says how fast memory is."""
 

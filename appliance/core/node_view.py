@@ -62,6 +62,8 @@ class DispatcherView:
             missed=totals.missed,
             demoted=totals.demoted,
             refused=totals.refused,
+            expected_tokens=totals.expected_tokens,
+            prefilled_tokens=totals.prefilled_tokens,
             instance_seconds=totals.instance_seconds,
         )
 

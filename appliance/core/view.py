@@ -134,6 +134,10 @@ class Traffic(Record, frozen=True, kw_only=True):
     """Requests whose targets were given up."""
     refused: int = 0
     """Requests that were accepted, and ended because their targets could not be met."""
+    expected_tokens: float = 0.0
+    """How long the answers of all that arrived are expected to be, as it was when each arrived."""
+    prefilled_tokens: int = 0
+    """Prompt tokens that were computed, those of a recomputation too."""
     instance_seconds: float = 0.0
     """What the workers cost: the time of each that it was not on standby (or quarantined), its
     starts and its winding down included; up to the last message."""
