@@ -29,6 +29,13 @@ FLAGS: Sequence[tuple[str, str, str, type, str]] = (
     ("--dtype", "model", "dtype", str, "auto, float32 or bfloat16"),
     ("--devices", "devices", "spec", str, "auto, cpu:2 or paced:4[@PROFILE]"),
     ("--roles", "roles", "initial", str, "mixed, auto, or one per worker: prefill,decode"),
+    (
+        "--policy",
+        "policy",
+        "name",
+        str,
+        "who is served first, and where: fcfs, edf, hyperflexis, ...",
+    ),
     ("--host", "server", "host", str, "address to listen on"),
     ("--port", "server", "port", int, "TCP port, 0 for any free one"),
     ("--log-format", "log", "format", str, "human or json"),

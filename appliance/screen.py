@@ -85,8 +85,9 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "batch",
         f"up to {plan.batcher.max_num_seqs} sequences, {plan.batcher.max_batch_tokens} tokens a "
-        f"step, depth {plan.batcher.depth}; policy {plan.config.policy.name}",
+        f"step, depth {plan.batcher.depth}",
     )
+    yield "policy", _policy(plan)
     for note in plan.notes:
         yield "note", note
 
@@ -96,6 +97,12 @@ def _roles(plan: Plan) -> str:
     words = [f"{worker.id} {'standby' if worker.parked else worker.role}" for worker in workers]
     by_itself = "changes them" if has_controller(plan.config) else "is off"
     return f"{', '.join(words)}; the controller {by_itself}"
+
+
+def _policy(plan: Plan) -> str:
+    settings = [f"{name} {value}" for name, value in plan.config.policy.settings.items()]
+    ignored = "" if plan.policy.uses_priority else "; the priority of requests is ignored"
+    return f"{plan.policy.name}, settings: {', '.join(settings) or 'defaults'}{ignored}"
 
 
 def _memory(plan: Plan) -> str:

@@ -205,7 +205,7 @@ def _policy(config: Config) -> Policy:
     try:
         policy = make_policy(name, settings)
     except PolicySettingsError as error:
-        raise ConfigError(f"policy.name or policy.settings: {error}") from error
+        raise ConfigError(f"policy.name (--policy) or policy.settings: {error}") from error
     try:  # settings of a controller that is off are checked too
         controlled = make_policy(name, settings, roles=config.roles.settings)
     except PolicySettingsError as error:

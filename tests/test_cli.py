@@ -181,9 +181,9 @@ def endless(server: Running, **changes: Any) -> tuple[http.client.HTTPConnection
             "write kv.memory = 8388608 or model.max_model_len = 512 (--max-model-len)",
         ),
         (
-            ["--set", "policy.name=fcsf"],
+            ["--policy", "fcsf"],
             2,
-            "policy.name or policy.settings: no policy 'fcsf'; did you mean 'fcfs'?",
+            "policy.name (--policy) or policy.settings: no policy 'fcsf'; did you mean 'fcfs'?",
         ),
         (
             ["--model", "./absent"],
@@ -285,6 +285,15 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path) -> None:
     for word in ("model", "devices", "3 workers on cpu", "roles", "links", "memory", "kv cache"):
         assert word in begun.stdout
     assert "serving" not in begun.stdout
+
+
+def test_the_plan_names_the_policy_and_its_settings(tmp_path: Path) -> None:
+    flags = ("--policy", "all-mixed", "--set", "policy.settings.chunk=99")
+    shown = run("start", "--dry-run", "--devices", "paced:2", *flags, directory=tmp_path).stdout
+    assert "all-mixed, settings: chunk 99; the priority of requests is ignored" in shown
+    flags = ("--policy", "static-priority")
+    shown = run("start", "--dry-run", "--devices", "paced:2", *flags, directory=tmp_path).stdout
+    assert "static-priority, settings: defaults\n" in shown
 
 
 @pytest.mark.procs

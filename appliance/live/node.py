@@ -97,7 +97,7 @@ class Node:
         `spawner` and `journal_file` when it is closed."""
         self.settings = settings
         self.text = text
-        self.info = _make_info(settings, vocab_size=text.vocab_size)
+        self.info = _make_info(settings, policy, vocab_size=text.vocab_size)
         self.dispatcher = Dispatcher(
             settings.dispatcher,
             workers=settings.workers,
@@ -462,7 +462,7 @@ class Node:
         return sum(view.state in states for view in views)
 
 
-def _make_info(settings: NodeSettings, *, vocab_size: int) -> NodeInfo:
+def _make_info(settings: NodeSettings, policy: Policy, *, vocab_size: int) -> NodeInfo:
     return NodeInfo(
         model=settings.model,
         created=int(time.time()),
@@ -470,6 +470,7 @@ def _make_info(settings: NodeSettings, *, vocab_size: int) -> NodeInfo:
         vocab_size=vocab_size,
         eos_token_ids=settings.eos_token_ids,
         policy=settings.policy,
+        uses_priority=policy.uses_priority,
         version=settings.version,
         fingerprint=settings.fingerprint,
         dtype=settings.dtype,

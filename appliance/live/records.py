@@ -120,6 +120,8 @@ class NodeInfo(Record, frozen=True, kw_only=True):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     policy: str
+    uses_priority: bool
+    """Whether that policy looks at the `priority` of a request."""
     version: str
     fingerprint: str
     dtype: str
