@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -84,7 +85,7 @@ def table(name: str, pairs: Sequence[tuple[int, int]]) -> LengthTable:
         output_levels=output_levels,
         output=tuple(
             quantiles(sorted(output for _, output in ordered[low:high]), output_levels)
-            for low, high in zip(edges, edges[1:], strict=False)
+            for low, high in pairwise(edges)
         ),
     )
 

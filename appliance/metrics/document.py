@@ -15,7 +15,8 @@ class DocumentError(ValueError):
 
 
 class Document(Record, frozen=True, kw_only=True):
-    """What was asked (`spec`: workload, devices, seeds, ... as plain values) and what came of it."""
+    """What was asked (`spec`: workload, devices, seeds and so on, as plain values) and what came
+    of it."""
 
     spec: Mapping[str, Any]
     runs: tuple[Summary, ...]
@@ -38,7 +39,12 @@ def read_document(path: Path) -> Document:
 
 
 def append_line(path: Path, record: msgspec.Struct) -> None:
-    """Append a record as one line of JSON."""
+    """Append a record as one line of JSON, in place of a last line that was cut off."""
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            with path.open("ab") as file:
+                file.truncate(data.rfind(b"\n") + 1)
     with path.open("ab") as file:
         file.write(msgspec.json.encode(record) + b"\n")
 

@@ -14,6 +14,7 @@
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
+from typing import assert_never
 
 from appliance.core.types import Record
 from appliance.workload.draws import Draws
@@ -94,18 +95,12 @@ def arrival_times(
         return []
     draws = Draws(seed, "arrivals")
     classes = Draws(seed, "classes")
-    match arrivals:
-        case Poisson():
-            times = _renewal(draws, rate=rate, seconds=seconds, cv=1.0)
-        case Gamma(cv=cv):
-            times = _renewal(draws, rate=rate, seconds=seconds, cv=cv)
-        case Times(times=given):
-            times = _repeated(given, rate=rate, seconds=seconds)
-        case Phases() | Steps():
-            pieces = rate_pieces(arrivals, rate=rate, seconds=seconds, shares=shares)
-            return _piecewise(pieces, draws, classes)
+    if isinstance(arrivals, (Phases, Steps)):
+        pieces = rate_pieces(arrivals, rate=rate, seconds=seconds, shares=shares)
+        return _piecewise(pieces, draws, classes)
     names = list(shares)
     cumulative = _running(list(shares.values()))
+    times = _stream(arrivals, draws, rate=rate, seconds=seconds)
     return [(at, names[classes.pick(cumulative)]) for at in times]
 
 
@@ -167,6 +162,20 @@ def change_times(
         pieces = rate_pieces(arrivals, rate=rate, seconds=seconds, shares=shares)
         return [piece.start for piece in pieces[1:]]
     return []
+
+
+def _stream(
+    arrivals: Poisson | Gamma | Times, draws: Draws, *, rate: float, seconds: float
+) -> list[float]:
+    match arrivals:
+        case Poisson():
+            return _renewal(draws, rate=rate, seconds=seconds, cv=1.0)
+        case Gamma(cv=cv):
+            return _renewal(draws, rate=rate, seconds=seconds, cv=cv)
+        case Times(times=given):
+            return _repeated(given, rate=rate, seconds=seconds)
+        case _:
+            assert_never(arrivals)
 
 
 def _renewal(draws: Draws, *, rate: float, seconds: float, cv: float) -> list[float]:

@@ -7,7 +7,7 @@ rate."""
 from bisect import bisect_right
 from collections.abc import Sequence
 from hashlib import blake2b
-from math import cos, log, pi, sqrt
+from math import cos, exp, log, pi, sqrt
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -41,12 +41,13 @@ class Draws:
     def gamma(self, shape: float, scale: float) -> float:
         """Gamma with mean `shape * scale` (Marsaglia and Tsang 2000)."""
         if shape < 1.0:
-            return self.gamma(shape + 1.0, scale) * self.uniform() ** (1.0 / shape)
+            return self.gamma(shape + 1.0, scale) * exp(log(self.uniform()) / shape)
         d = shape - 1.0 / 3.0
         c = 1.0 / sqrt(9.0 * d)
         while True:
             x = self.normal()
-            v = (1.0 + c * x) ** 3
+            w = 1.0 + c * x
+            v = w * w * w
             if v > 0.0 and log(self.uniform()) < 0.5 * x * x + d - d * v + d * log(v):
                 return d * v * scale
 

@@ -21,11 +21,11 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from appliance.core.types import Record, Slo
+from appliance.core.types import OnMiss, Record, Slo
 from appliance.workload.arrivals import ArrivalsError, parse_arrivals
 from appliance.workload.lengths import (
     FixedLengths,
@@ -74,6 +74,7 @@ class ClassSpec(Record, frozen=True, kw_only=True):
     weight: float = 1.0
     relative_ttft: Tightness | None = None
     relative_tpot: Tightness | None = None
+    on_miss: OnMiss = OnMiss.SERVE
 
     def slo(
         self,
@@ -96,6 +97,7 @@ class ClassSpec(Record, frozen=True, kw_only=True):
             tpot=None if tpot is None else tpot * scale,
             e2e=None if self.e2e is None else self.e2e * scale,
             weight=self.weight,
+            on_miss=self.on_miss,
         )
 
 
@@ -136,6 +138,7 @@ class _ClassFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weight: _Positive = 1.0
     relative_ttft: Tightness | None = None
     relative_tpot: Tightness | None = None
+    on_miss: OnMiss = OnMiss.SERVE
 
 
 class _SpecFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -147,6 +150,9 @@ class _SpecFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_tokens: _Count = 0
     slo_scale: _Positive = 1.0
     warm_up_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+
+
+_FileT = TypeVar("_FileT", bound=msgspec.Struct)
 
 
 class _LognormalFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,6 +169,7 @@ class _FixedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 FIVE: Mapping[str, object] = {
     "name": "five",
+    "max_len": 16384,
     "class": (
         {
             "name": "chat",
@@ -285,6 +292,7 @@ def _class(
         weight=given.weight,
         relative_ttft=given.relative_ttft,
         relative_tpot=given.relative_tpot,
+        on_miss=given.on_miss,
     )
 
 
@@ -311,10 +319,7 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-_FileT = Any
-
-
-def _converted(table: Mapping[str, object], kind: Any, *, where: str) -> _FileT:
+def _converted(table: Mapping[str, object], kind: type[_FileT], *, where: str) -> _FileT:
     """`table` as the record `kind`; what does not fit is named with `where` before it."""
     fields = msgspec.structs.fields(kind)
     known = [field.encode_name for field in fields]

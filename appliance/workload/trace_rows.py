@@ -7,8 +7,10 @@ ignored. The tokens of a block are not in the rows: `block_tokens` infers them f
 import gzip
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import msgspec
@@ -76,14 +78,15 @@ def block_tokens(rows: Sequence[TraceRow]) -> int:
 
 
 def spread_seconds(rows: Sequence[TraceRow]) -> float:
-    """The step in which arrivals were recorded, where it is coarse: many rows share each time, all
-    times are a whole number of steps apart, and the step is at least a second. 0 otherwise."""
+    """The step in which arrivals were recorded, where it is coarse: many rows share each time, and
+    all times are a whole number of steps apart (within 1 %), and the step is at least a second. 0
+    otherwise."""
     times = sorted({row.arrival_s for row in rows if row.arrival_s is not None})
     if len(times) < 2 or len(times) * 2 > len(rows):
         return 0.0
-    gaps = [right - left for left, right in zip(times, times[1:], strict=False)]
-    step = min(gaps)
+    gaps = [right - left for left, right in pairwise(times)]
+    step = round(median(gaps), 3)
     if step < 1.0:
         return 0.0
-    whole = all(abs(gap / step - round(gap / step)) < 1e-6 for gap in gaps)
+    whole = all(abs(gap / step - round(gap / step)) < 0.01 for gap in gaps)
     return step if whole else 0.0
