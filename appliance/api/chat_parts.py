@@ -62,7 +62,7 @@ class ChatNarrator:
         """The last parts and the chunk with the reason."""
         del parser  # the reason says it all
         deltas = [worded for part in parts if (worded := self._delta(part)) is not None]
-        last = self._template.finish(reason, self._usage())
+        last = self._template.finish(reason, self._usage(), self._stream.last_slo)
         self._stream.write(self._chunks(deltas, b"null") + last)
 
     def _chunks(self, deltas: Sequence[dict[str, Any]], logprobs: bytes) -> bytes:

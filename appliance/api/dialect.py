@@ -95,7 +95,9 @@ class PlainDialect:
             tail = {"logprobs": sink.logprobs, "finish_reason": sink.finish_reason}
             choices.append({"index": index, **self._content(sink), **tail})
         identity = msgspec.structs.asdict(self.identity)
-        return {**identity, "choices": choices, "usage": exchange.usage.document()}
+        document = {**identity, "choices": choices, "usage": exchange.usage.document()}
+        slo = exchange.slo
+        return document if slo is None else {**document, "slo": slo}
 
     def _content(self, sink: CollectSink) -> dict[str, Any]:
         if self._chat:

@@ -22,7 +22,7 @@ from appliance.api.observe import Meter
 from appliance.api.render import Usage
 from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
 from appliance.api.validate import SEED_RANGE, Plan
-from appliance.core.types import ErrorKind, Record
+from appliance.core.types import ErrorKind, OnMiss, Record
 from appliance.live.records import Encoded, Rejected, Sink, Submission, Ticket
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,13 @@ async def serve(
         if job.plan.streaming is not None:
             stream = dialect.stream(_outlet(context, job, tickets))
             exchange = stream
-            make = _stream_sinks(context, request, job=job, dialect=dialect, stream=stream)
+            begun = _begun(job)
+            make = _stream_sinks(
+                context, request, job=job, dialect=dialect, stream=stream, begun=begun
+            )
             _submit(context, request, job, make, tickets)
+            if begun is not None:
+                await asyncio.wait({begun, stream.over}, return_when=asyncio.FIRST_COMPLETED)
             return await _stream(request, job, stream)
         exchange = Exchange(job.num_answers, asyncio.get_running_loop())
         collected: list[CollectSink] = []
@@ -119,9 +124,35 @@ def _submit(
             raise error_of(error.kind, error.reason, retry_after=error.retry_after) from error
 
 
-def _meter(context: Context, request: web.Request, job: Job) -> Meter:
-    latency = context.stats.latency(job.plan.slo)
-    return Meter(latency, request[ARRIVED], time.monotonic)
+Begun = asyncio.Future[None]
+"""Done with the first token of a request."""
+
+
+def _begun(job: Job) -> Begun | None:
+    """For a stream that may be refused until its first token: its status line waits for that, so
+    that the refusal has a status of its own."""
+    if job.plan.slo.on_miss != OnMiss.REFUSE:
+        return None
+    return asyncio.get_running_loop().create_future()
+
+
+def _meter(
+    context: Context, request: web.Request, job: Job, *, begun: Begun | None = None
+) -> Meter:
+    """`begun` is done with the first token."""
+    slo = job.plan.slo
+
+    def on_first() -> None:
+        if begun is not None and not begun.done():
+            begun.set_result(None)
+
+    return Meter(
+        context.stats.latency(slo),
+        request[ARRIVED],
+        time.monotonic,
+        slo=slo,
+        on_first=None if begun is None else on_first,
+    )
 
 
 def _collect_sinks(
@@ -152,6 +183,7 @@ def _stream_sinks(
     job: Job,
     dialect: Dialect,
     stream: EventStream,
+    begun: Begun | None,
 ) -> MakeSinks:
     def make(index: int) -> list[BaseSink]:
         stream.usage.prompt_tokens += len(job.prompts[index].ids)
@@ -159,7 +191,7 @@ def _stream_sinks(
             dialect.stream_sink(
                 stream,
                 index=index * job.plan.n + choice,
-                meter=_meter(context, request, job),
+                meter=_meter(context, request, job, begun=begun),
                 leads=choice == 0,
             )
             for choice in range(job.plan.n)
@@ -228,9 +260,8 @@ def _log_end(request: web.Request, job: Job, exchange: Exchange | None) -> None:
 
 
 def unused_fields(context: Context, plan: Plan) -> tuple[str, ...]:
-    """Fields that were understood and that this node's policy does not look at: first come, first
-    served knows no priority."""
-    return ("priority",) if plan.priority and context.node.info.policy == "fcfs" else ()
+    """Fields that were understood and that this node's policy does not look at."""
+    return ("priority",) if plan.priority and not context.node.info.uses_priority else ()
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Numbers that the HTTP surface keeps itself: latencies by SLO class, steps, answers, loop lag.
+"""Numbers that the HTTP surface keeps itself: latencies and verdicts by SLO class, steps, answers,
+loop lag.
 
 Latency is measured from the arrival of the request (body not yet read) to the moment its bytes are
 handed to the socket. A histogram here is two list operations; it is rendered only when scraped.
@@ -8,6 +9,9 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from appliance.api.verdict import Verdict
+from appliance.core.slo import verdict
+from appliance.core.stamps import Times
 from appliance.core.types import Slo, WorkerId
 
 Clock = Callable[[], float]
@@ -16,6 +20,11 @@ LATENCY_BOUNDS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5,
     0.75, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 120.0, 300.0,
 )  # fmt: skip
+SLACK_BOUNDS = (
+    -60.0, -20.0, -10.0, -5.0, -2.0, -1.0, -0.5, -0.2, -0.1, -0.05, -0.02, 0.0,
+    0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0,
+)  # fmt: skip
+"""Seconds left before a deadline; below 0 is late."""
 STEP_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 LAG_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -51,13 +60,35 @@ class Histogram:
 
 
 class ClassLatency:
-    """The four latencies of one SLO class, in seconds."""
+    """The latencies of one SLO class, in seconds, and how its complete answers did."""
 
     def __init__(self) -> None:
         self.ttft = Histogram(LATENCY_BOUNDS)
         self.itl = Histogram(LATENCY_BOUNDS)
         self.tpot = Histogram(LATENCY_BOUNDS)
         self.e2e = Histogram(LATENCY_BOUNDS)
+        self.first_slack = Histogram(SLACK_BOUNDS)
+        """Left of the budget of the first token when it came; of answers that have one."""
+        self.end_slack = Histogram(SLACK_BOUNDS)
+        """Left before the deadline of the last token when it came; likewise."""
+        self.met = 0
+        """Answers that kept every target, or had none."""
+        self.missed = 0
+        self.tokens_met = 0
+        """Of the answers that met."""
+
+    def judge(self, found: Verdict, num_tokens: int) -> None:
+        """Count a complete answer."""
+        if found.met:
+            self.met += 1
+            self.tokens_met += num_tokens
+        else:
+            self.missed += 1
+        first, end = found.first_slack, found.end_slack(num_tokens)
+        if first is not None:
+            self.first_slack.observe(first)
+        if end is not None:
+            self.end_slack.observe(end)
 
 
 class ApiStats:
@@ -94,10 +125,30 @@ class ApiStats:
 class Meter:
     """Takes the times of one answer."""
 
-    __slots__ = ("_clock", "_first", "_last", "_latency", "_started", "_tokens")
+    __slots__ = (
+        "_clock",
+        "_first",
+        "_last",
+        "_latency",
+        "_on_first",
+        "_slo",
+        "_started",
+        "_tokens",
+    )
 
-    def __init__(self, latency: ClassLatency, started: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        latency: ClassLatency,
+        started: float,
+        clock: Clock,
+        *,
+        slo: Slo | None = None,
+        on_first: Callable[[], None] | None = None,
+    ) -> None:
+        """Judges by `slo` (None: no targets); `on_first` is called at the first token."""
         self._latency = latency
+        self._slo = slo or Slo()
+        self._on_first = on_first
         self._started = started
         self._clock = clock
         self._first = 0.0
@@ -114,13 +165,28 @@ class Meter:
         else:
             self._first = now
             self._latency.ttft.observe(now - self._started)
+            if self._on_first is not None:
+                self._on_first()
             if count > 1:
                 self._latency.itl.observe(0.0, count - 1)
         self._last = now
         self._tokens += count
 
-    def finished(self) -> None:
-        """The answer is complete. Failed answers have no total latency."""
+    def finished(self, times: Times | None = None) -> Verdict | None:
+        """The answer is complete; the verdict, if it is known where the time went. Failed answers
+        have no total latency."""
         self._latency.e2e.observe(self._clock() - self._started)
         if self._tokens > 1:
             self._latency.tpot.observe((self._last - self._first) / (self._tokens - 1))
+        if times is None:
+            return None
+        how = verdict(
+            self._slo,
+            arrived=self._started,
+            first_token_at=self._first if self._tokens else None,
+            ended_at=self._last if self._tokens else self._clock(),
+            num_tokens=self._tokens,
+        )
+        found = Verdict(slo=self._slo, how=how, times=times)
+        self._latency.judge(found, self._tokens)
+        return found

@@ -4,7 +4,7 @@ Every chunk is a function of the answer's identity and what is added: nothing he
 loop or the node, so chunks could be made in another process and would be the same bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -147,11 +147,14 @@ class ChunkTemplate:
         middle = b',"logprobs":' + logprobs + self.unfinished
         return self._opening + b'"delta":' + body + middle + self.usage(running) + END
 
-    def finish(self, reason: str, running: bytes | None) -> bytes:
-        """The chunk that ends this answer."""
+    def finish(
+        self, reason: str, running: bytes | None, slo: Mapping[str, Any] | None = None
+    ) -> bytes:
+        """The chunk that ends this answer; the last one of a stream carries the verdict."""
         empty = b'"delta":{}' if self._chat else b'"text":""'
         end = b',"logprobs":null,"finish_reason":"' + reason.encode() + b'"}]'
-        return self._opening + empty + end + self.usage(running) + END
+        verdict = b"" if slo is None else b',"slo":' + msgspec.json.encode(slo)
+        return self._opening + empty + end + self.usage(running) + verdict + END
 
 
 def usage_chunk(identity: Identity, usage: Usage) -> bytes:

@@ -24,6 +24,7 @@ from appliance.api.render import (
     error_event,
     usage_chunk,
 )
+from appliance.api.verdict import Verdict, worst
 from appliance.core.types import ErrorKind
 from appliance.live.records import Delta, End
 
@@ -37,6 +38,24 @@ class Exchange:
         self.error: ApiError | None = None
         self.usage = Usage()
         self._open = num_answers
+        self._verdicts: list[Verdict] = []
+
+    @property
+    def slo(self) -> dict[str, Any] | None:
+        """The `slo` object: the verdict on the answers that have ended; None while there is
+        none."""
+        found = worst(self._verdicts)
+        return None if found is None else found.document()
+
+    @property
+    def last_slo(self) -> dict[str, Any] | None:
+        """The same for an answer that is about to complete, None unless it is the last one."""
+        return self.slo if self._open == 1 else None
+
+    def judged(self, verdict: Verdict | None) -> None:
+        """An answer did so well; it is about to complete."""
+        if verdict is not None:
+            self._verdicts.append(verdict)
 
     def completed(self) -> None:
         """One answer has ended well."""
@@ -45,11 +64,11 @@ class Exchange:
             self.on_complete()
             self._settle()
 
-    def failed(self, kind: ErrorKind, message: str) -> None:
+    def failed(self, kind: ErrorKind, message: str, *, retry_after: float | None = None) -> None:
         """One answer has ended with an error, which ends the exchange."""
         self._open -= 1
         if self.error is None and not self.over.done():
-            self.error = error_of(kind, message)
+            self.error = error_of(kind, message, retry_after=retry_after)
             self.on_error(self.error)
             self._settle()
 
@@ -84,9 +103,10 @@ class BaseSink(ABC):
         if self._leads:
             self._exchange.usage.cached_tokens += end.cached_tokens
         if end.reason is None:
-            self._exchange.failed(end.error or ErrorKind.INTERNAL, end.message)
+            kind = end.error or ErrorKind.INTERNAL
+            self._exchange.failed(kind, end.message, retry_after=end.retry_after)
             return
-        self._meter.finished()
+        self._exchange.judged(self._meter.finished(end.times))
         self._finish(end.reason.value)
         self._exchange.completed()
 
@@ -268,5 +288,5 @@ class SseSink(BaseSink):
         return self._encode(self._stream.usage.document())
 
     def _finish(self, reason: str) -> None:
-        chunk = self._template.finish(reason, self._usage())
+        chunk = self._template.finish(reason, self._usage(), self._stream.last_slo)
         self._stream.write(chunk if self._begun else self._begin() + chunk)

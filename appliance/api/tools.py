@@ -1,8 +1,8 @@
 """Tools that a request offers, and whether the model may, must or must not call them."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from appliance.api.errors import ApiError, shown
 from appliance.api.schemas import ToolBody
@@ -10,6 +10,7 @@ from appliance.api.speech import Speech
 from appliance.api.validate import invalid
 from appliance.core.types import Record
 
+B = TypeVar("B")
 Mode: TypeAlias = Literal["none", "auto", "required"]
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 
@@ -66,23 +67,30 @@ NO_TOOLS = ToolUse()
 
 def tools_of(bodies: Sequence[ToolBody] | None) -> tuple[Tool, ...]:
     """The tools of a chat request. Raises `ApiError`."""
-    tools = []
-    for index, body in enumerate(bodies or ()):
-        at = f"tools[{index}]"
-        check_kind(body.type, at)
-        function = body.function
-        if function is None:
-            raise invalid(f"{at}.function", "is missing; give its name and parameters.")
-        tools.append(
-            Tool(
-                name=function.name,
-                description=function.description,
-                parameters=function.parameters,
-                strict=bool(function.strict),
-            )
-        )
-    check_names([tool.name for tool in tools], "tools[{}].function.name")
-    return tuple(tools)
+    return gathered(bodies, _function, name_at="tools[{}].function.name")
+
+
+def gathered(
+    bodies: Sequence[B] | None, read: Callable[[B, str], Tool], *, name_at: str
+) -> tuple[Tool, ...]:
+    """The tools that a body lists under `tools`; `read` makes one of an entry and the entry's
+    place, `name_at` is the place of a name, with one for the index. Raises `ApiError`."""
+    tools = tuple(read(body, f"tools[{index}]") for index, body in enumerate(bodies or ()))
+    check_names([tool.name for tool in tools], name_at)
+    return tools
+
+
+def _function(body: ToolBody, at: str) -> Tool:
+    check_kind(body.type, at)
+    function = body.function
+    if function is None:
+        raise invalid(f"{at}.function", "is missing; give its name and parameters.")
+    return Tool(
+        name=function.name,
+        description=function.description,
+        parameters=function.parameters,
+        strict=bool(function.strict),
+    )
 
 
 def check_kind(kind: str, at: str) -> None:
@@ -109,8 +117,9 @@ def check_names(names: Sequence[str], at: str) -> None:
         seen.add(name)
 
 
-def choice_of(value: str | Mapping[str, Any] | None) -> Choice:
-    """`tool_choice` of a chat request. Raises `ApiError`."""
+def choice_of(value: str | Mapping[str, Any] | None, *, flat: bool = False) -> Choice:
+    """`tool_choice` of a chat request; `flat`: of a response, which names a function without an
+    object of its own. Raises `ApiError`."""
     match value:
         case None | "auto":
             return Choice()
@@ -118,11 +127,14 @@ def choice_of(value: str | Mapping[str, Any] | None) -> Choice:
             return Choice(mode="none")
         case "required":
             return Choice(mode="required")
-        case {"type": "function", "function": {"name": str(name)}}:
+        case {"type": "function", "function": {"name": str(name)}} if not flat:
             return Choice(mode="required", name=name)
+        case {"type": "function", "name": str(name)} if flat:
+            return Choice(mode="required", name=name)
+    named = '"name": ...' if flat else '"function": {"name": ...}'
     raise ApiError(
         f"'tool_choice' is {shown(value)}; give 'none', 'auto', 'required' or "
-        '{"type": "function", "function": {"name": ...}}.',
+        f'{{"type": "function", {named}}}.',
         code="unsupported_value",
         param="tool_choice",
     )

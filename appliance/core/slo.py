@@ -17,18 +17,22 @@ def first_token_deadline(request: Request) -> float | None:
 
 def token_deadline(request: Request, index: int, *, first_token_at: float | None) -> float | None:
     """When token `index` (0 = first) is due; the end-to-end target bounds every token."""
-    slo = request.slo
-    due: float | None = None
-    if index == 0 or slo.tpot is None:
-        due = first_token_deadline(request) if index == 0 else None
-    else:
-        start = first_token_deadline(request)
-        start = first_token_at if start is None else start
-        due = None if start is None else start + index * slo.tpot
-    end = None if slo.e2e is None else request.arrived + slo.e2e
-    if due is None or end is None:
-        return end if due is None else due
-    return min(due, end)
+    return due(request.slo, index, arrived=request.arrived, first_token_at=first_token_at)
+
+
+def due(slo: Slo, index: int, *, arrived: float, first_token_at: float | None) -> float | None:
+    """When token `index` (0 = first) of a request that came at `arrived` is due."""
+    first = None if slo.ttft is None else arrived + slo.ttft
+    by_gaps: float | None = None
+    if index == 0:
+        by_gaps = first
+    elif slo.tpot is not None:
+        start = first_token_at if first is None else first
+        by_gaps = None if start is None else start + index * slo.tpot
+    end = None if slo.e2e is None else arrived + slo.e2e
+    if by_gaps is None or end is None:
+        return end if by_gaps is None else by_gaps
+    return min(by_gaps, end)
 
 
 def slack(deadline: float | None, now: float) -> float | None:

@@ -39,7 +39,7 @@ async def gather(stream: Any) -> list[Any]:
 def bare(response: Any) -> Any:
     """A response without what differs from one to the next."""
     dumped = response.model_dump()
-    for name in ("id", "created_at", "completed_at"):
+    for name in ("id", "created_at", "completed_at", "slo"):
         dumped.pop(name)
     dumped["usage"]["input_tokens_details"].pop("cached_tokens")
     for item in dumped["output"]:

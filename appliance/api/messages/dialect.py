@@ -15,8 +15,8 @@ from appliance.api.dialect import Outlet
 from appliance.api.errors import ApiError
 from appliance.api.ids import item_id
 from appliance.api.messages.errors import encoded
-from appliance.api.observe import Meter
-from appliance.api.part_sinks import PartCollectSink, PartSink
+from appliance.api.one_answer import OneAnswerDialect, TypedStream, judged, unheard
+from appliance.api.part_sinks import PartCollectSink
 from appliance.api.parts import (
     CallArguments,
     CallBegun,
@@ -27,9 +27,8 @@ from appliance.api.parts import (
     Text,
 )
 from appliance.api.render import Identity, Usage
-from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
+from appliance.api.sinks import EventStream, Exchange
 from appliance.api.speech import Reading
-from appliance.live.records import Delta
 
 STOP_REASONS: Mapping[str, str] = {
     "stop": "end_turn",
@@ -137,35 +136,25 @@ class Blocks:
         self._say("content_block_delta", {"index": len(self.done), "delta": delta})
 
 
-class MessageStream(EventStream):
+class MessageStream(TypedStream):
     """The events of one message."""
 
     def __init__(self, outlet: Outlet, heading: Heading) -> None:
-        super().__init__(
-            outlet.num_answers,
-            outlet.loop,
-            identity=Identity(id=heading.name, object="message", created=0, model=heading.model),
-            include_usage=False,
-            max_buffer=outlet.max_buffer,
-            on_slow=outlet.on_slow,
-        )
+        identity = Identity(id=heading.name, object="message", created=0, model=heading.model)
+        super().__init__(outlet, identity)
         self._heading = heading
-        self._events: list[bytes] = []
-        self._encode = msgspec.json.Encoder().encode
-        self._blocks = Blocks(self._say)
+        self._blocks = Blocks(self.say)
         self._reason: tuple[str, str | None] = ("end_turn", None)
 
     def begin(self) -> None:
         """Announce the message; the prompt's tokens are known."""
         message = self._heading.document(self.usage, reason=None, stop=None)
-        self._say("message_start", {"message": message})
-        self._flush()
+        self.say("message_start", {"message": message})
+        self.flush()
 
-    def tell(self, parts: Sequence[Part], delta: Delta) -> None:
-        """The answer went on."""
-        del delta  # the parts say it all
+    def take(self, parts: Sequence[Part]) -> None:
+        """The message went on."""
         self._blocks.take(parts)
-        self._flush()
 
     def finish(self, parts: Sequence[Part], reason: str, parser: AnswerParser) -> None:
         """The answer is over; the last events wait for the usage."""
@@ -174,12 +163,13 @@ class MessageStream(EventStream):
         self._reason = stop_reason(reason, parser)
 
     def on_complete(self) -> None:
-        """Why it stopped, what it used, and that it is over."""
+        """Why it stopped, what it used, how it did, and that it is over."""
         reason, stop = self._reason
         delta = {"stop_reason": reason, "stop_sequence": stop}
-        self._say("message_delta", {"delta": delta, "usage": usage_document(self.usage)})
-        self._say("message_stop", {})
-        self._flush()
+        usage = usage_document(self.usage)
+        self.say("message_delta", {"delta": delta, "usage": usage, **judged(self.slo)})
+        self.say("message_stop", {})
+        self.flush()
 
     def on_error(self, error: ApiError) -> None:
         """The failure; nothing follows it."""
@@ -188,50 +178,23 @@ class MessageStream(EventStream):
         self.write(b"event: error\ndata: " + document + b"\n\n")
         self._closed = True
 
-    def _say(self, kind: str, fields: dict[str, Any]) -> None:
-        data = self._encode({"type": kind, **fields})
-        self._events.append(b"event: %b\ndata: %b\n\n" % (kind.encode(), data))
 
-    def _flush(self) -> None:
-        if self._events:
-            data = b"".join(self._events)
-            self._events.clear()
-            self.write(data)
-
-
-class MessagesDialect:
+class MessagesDialect(OneAnswerDialect):
     """See the module's text."""
 
     def __init__(self, heading: Heading, reading: Reading) -> None:
+        super().__init__(reading)
         self._heading = heading
-        self._reading = reading
 
     def stream(self, outlet: Outlet) -> EventStream:
         return MessageStream(outlet, self._heading)
 
-    def stream_sink(
-        self, stream: EventStream, *, index: int, meter: Meter, leads: bool
-    ) -> BaseSink:
-        assert isinstance(stream, MessageStream)
-        assert index == 0, "there is one message"
-        stream.begin()
-        parser = self._reading.parser(eager=True)
-        return PartSink(stream, meter=meter, leads=leads, parser=parser, narrator=stream)
-
-    def collect_sink(self, exchange: Exchange, *, meter: Meter, leads: bool) -> CollectSink:
-        parser = self._reading.parser(eager=False)
-        return PartCollectSink(exchange, meter=meter, leads=leads, logprobs=None, parser=parser)
-
-    def document(self, exchange: Exchange, collected: Sequence[CollectSink]) -> dict[str, Any]:
-        (sink,) = collected
-        assert isinstance(sink, PartCollectSink)
-        blocks = Blocks(_unheard)
+    def whole(self, exchange: Exchange, sink: PartCollectSink) -> dict[str, Any]:
+        blocks = Blocks(unheard)
         blocks.take(sink.parts)
         blocks.close()
         reason, stop = stop_reason(sink.finish_reason, sink.parser)
-        return self._heading.document(exchange.usage, content=blocks.done, reason=reason, stop=stop)
-
-
-def _unheard(kind: str, fields: dict[str, Any]) -> None:
-    """Events of an answer in one piece are told to nobody."""
-    del kind, fields
+        message = self._heading.document(
+            exchange.usage, content=blocks.done, reason=reason, stop=stop
+        )
+        return {**message, **judged(exchange.slo)}

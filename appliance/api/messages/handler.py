@@ -1,25 +1,27 @@
 """POST /v1/messages and POST /v1/messages/count_tokens"""
 
-from typing import Any
-
 from aiohttp import web
 
-from appliance.api.constraints import settled
 from appliance.api.context import CONTEXT, REQUEST_ID
-from appliance.api.conversation import Conversation, encode, fields_named, prepare
+from appliance.api.conversation import Conversation, encode
 from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
+from appliance.api.dialect import Dialect
 from appliance.api.errors import ApiError, shown
-from appliance.api.generate import ignored_header, serve, unused_fields
-from appliance.api.grammars import DESK
+from appliance.api.generate import Job
 from appliance.api.ids import item_id
 from appliance.api.messages.blocks import turns_of_messages
 from appliance.api.messages.dialect import Heading, MessagesDialect
-from appliance.api.messages.schemas import MessagesBody, OutputFormat, ToolChoiceBody
+from appliance.api.messages.schemas import (
+    MessagesBody,
+    OutputFormat,
+    SchemaTool,
+    ToolChoiceBody,
+)
 from appliance.api.models import json_answer
-from appliance.api.plans import plan_for
-from appliance.api.schemas import ChatBody, GenerationBody, JsonSchemaFormat, ResponseFormat
-from appliance.api.speech import SPEECH, SWITCH, Speech
-from appliance.api.tools import Choice, Tool, check_names, tool_use
+from appliance.api.schemas import ChatBody, JsonSchemaFormat, ResponseFormat
+from appliance.api.speech import SPEECH, SWITCH, Reading, Speech
+from appliance.api.talk import Route, answer, chat_body_of
+from appliance.api.tools import Choice, Tool, gathered, tool_use
 from appliance.api.validate import check_model, invalid
 
 DECODER = web.AppKey("messages_decoder", BodyDecoder[MessagesBody])
@@ -36,44 +38,7 @@ NAMES = {
 
 async def handle(request: web.Request) -> web.StreamResponse:
     """Answer a conversation, in one piece or as a stream of events."""
-    context = request.app[CONTEXT]
-    raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-    decoded = await decode_beside(context.node.text, request.app[DECODER], raw)
-    body = decoded.body
-    check_model(body.model, context.node.info.model)
-    check_fields(body)
-    if body.max_tokens is None:
-        raise ApiError(
-            "'max_tokens' is missing; it is required.",
-            code="missing_required_parameter",
-            param="max_tokens",
-        )
-    speech = request.app[SPEECH]
-    conversation = await beside(context.node.text, len(raw), lambda: conversation_of(body, speech))
-    wishes = wishes_of(body, speech)
-    with fields_named(NAMES):
-        chat = chat_body(body)
-        plan = plan_for(request, chat)
-        form = await settled(
-            request.app[DESK],
-            chat,
-            plan=plan,
-            conversation=conversation,
-            speech=speech,
-        )
-        name = item_id("msg")
-        job, reading = await prepare(
-            context,
-            speech,
-            form.conversation,
-            name=name,
-            plan=form.plan,
-            headers=ignored_header(
-                (*decoded.ignored, *form.ignored, *unused_fields(context, plan), *wishes)
-            ),
-        )
-    heading = Heading(name=name, model=context.node.info.model, request_id=request[REQUEST_ID])
-    return await serve(context, request, job=job, dialect=MessagesDialect(heading, reading))
+    return await answer(request, ROUTE)
 
 
 async def handle_count(request: web.Request) -> web.Response:
@@ -119,7 +84,7 @@ def conversation_of(body: MessagesBody, speech: Speech) -> Conversation:
     elif body.thinking is not None and body.thinking.type == "enabled" and speech.switch:
         variables[SWITCH] = True
     use = tool_use(
-        tools_of(body),
+        gathered(body.tools, _tool, name_at="tools[{}].name"),
         choice_of(body.tool_choice),
         parallel=body.tool_choice is None or body.tool_choice.disable_parallel_tool_use is not True,
         speech=speech,
@@ -140,27 +105,19 @@ def wishes_of(body: MessagesBody, speech: Speech) -> tuple[str, ...]:
     return ("thinking.budget_tokens",) if speech.reasons else ("thinking",)
 
 
-def tools_of(body: MessagesBody) -> tuple[Tool, ...]:
-    """The tools on offer. Raises `ApiError`."""
-    tools = []
-    for index, given in enumerate(body.tools or ()):
-        at = f"tools[{index}]"
-        if given.type not in (None, "custom"):
-            raise ApiError(
-                f"'{at}.type' is {shown(given.type)}; only tools that the client runs are served.",
-                code="unsupported_value",
-                param=f"{at}.type",
-            )
-        tools.append(
-            Tool(
-                name=given.name,
-                description=given.description,
-                parameters=given.input_schema,
-                strict=bool(given.strict),
-            )
+def _tool(given: SchemaTool, at: str) -> Tool:
+    if given.type not in (None, "custom"):
+        raise ApiError(
+            f"'{at}.type' is {shown(given.type)}; only tools that the client runs are served.",
+            code="unsupported_value",
+            param=f"{at}.type",
         )
-    check_names([tool.name for tool in tools], "tools[{}].name")
-    return tuple(tools)
+    return Tool(
+        name=given.name,
+        description=given.description,
+        parameters=given.input_schema,
+        strict=bool(given.strict),
+    )
 
 
 def choice_of(value: ToolChoiceBody | None) -> Choice:
@@ -184,20 +141,46 @@ def choice_of(value: ToolChoiceBody | None) -> Choice:
 
 def chat_body(body: MessagesBody) -> ChatBody:
     """What the request says of drawing tokens, as a chat request would say it."""
-    shared: dict[str, Any] = {
-        name: getattr(body, name) for name in GenerationBody.__struct_fields__
-    }
-    shared |= {"stream_options": None, "stop": body.stop_sequences or None}
     form = body.output_format
     if body.output_config is not None and body.output_config.format is not None:
         form = body.output_config.format
-    if form is not None:
-        if body.response_format is not None:
-            raise invalid("response_format", "is called 'output_config.format' here.")
-        shared["response_format"] = _format(form)
-    return ChatBody(messages=[], **shared)
+    return chat_body_of(
+        body,
+        form=None if form is None else _format(form),
+        form_name="output_config.format",
+        stop=body.stop_sequences or None,
+    )
 
 
 def _format(form: OutputFormat) -> ResponseFormat:
     schema = JsonSchemaFormat(schema=form.schema, strict=True)
     return ResponseFormat(type=form.type, json_schema=schema)
+
+
+def _check(body: MessagesBody) -> None:
+    check_fields(body)
+    if body.max_tokens is None:
+        raise ApiError(
+            "'max_tokens' is missing; it is required.",
+            code="missing_required_parameter",
+            param="max_tokens",
+        )
+
+
+def _dialect(request: web.Request, body: MessagesBody, job: Job, reading: Reading) -> Dialect:
+    del body
+    model = request.app[CONTEXT].node.info.model
+    heading = Heading(name=job.name, model=model, request_id=request[REQUEST_ID])
+    return MessagesDialect(heading, reading)
+
+
+ROUTE = Route(
+    decoder=DECODER,
+    check=_check,
+    conversation_of=conversation_of,
+    chat_body=chat_body,
+    new_name=lambda: item_id("msg"),
+    dialect=_dialect,
+    names=NAMES,
+    wishes=wishes_of,
+)

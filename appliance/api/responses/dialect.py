@@ -10,19 +10,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from appliance.api.answer import AnswerParser
 from appliance.api.dialect import Outlet
 from appliance.api.errors import ApiError
-from appliance.api.observe import Meter
-from appliance.api.part_sinks import PartCollectSink, PartSink
+from appliance.api.one_answer import OneAnswerDialect, TypedStream, judged, unheard
+from appliance.api.part_sinks import PartCollectSink
 from appliance.api.parts import Part
 from appliance.api.render import Identity, Usage
 from appliance.api.responses.output import Output
-from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
+from appliance.api.sinks import EventStream, Exchange
 from appliance.api.speech import Reading
-from appliance.live.records import Delta
 
 KIND = "response"
 
@@ -80,37 +77,19 @@ def status_of(reason: str) -> str:
     return "incomplete" if reason == "length" else "completed"
 
 
-class ResponseStream(EventStream):
+class ResponseStream(TypedStream):
     """The events of one response."""
 
     def __init__(self, outlet: Outlet, envelope: Envelope) -> None:
-        super().__init__(
-            outlet.num_answers,
-            outlet.loop,
-            identity=envelope.identity,
-            include_usage=False,
-            max_buffer=outlet.max_buffer,
-            on_slow=outlet.on_slow,
-        )
+        super().__init__(outlet, envelope.identity)
         self._envelope = envelope
         self._number = 0
-        self._events: list[bytes] = []
-        self._encode = msgspec.json.Encoder().encode
         self._status = "completed"
         self.output = Output(self.say)
 
-    def say(self, kind: str, fields: dict[str, Any]) -> None:
-        """One more event; sent with the next `flush`."""
-        event = {"type": kind, "sequence_number": self._number, **fields}
+    def _numbered(self) -> dict[str, Any]:
         self._number += 1
-        self._events.append(b"event: %b\ndata: %b\n\n" % (kind.encode(), self._encode(event)))
-
-    def flush(self) -> None:
-        """Write what was said, in one piece."""
-        if self._events:
-            data = b"".join(self._events)
-            self._events.clear()
-            self.write(data)
+        return {"sequence_number": self._number - 1}
 
     def begin(self) -> None:
         """Announce the response."""
@@ -119,11 +98,9 @@ class ResponseStream(EventStream):
         self.say("response.in_progress", response)
         self.flush()
 
-    def tell(self, parts: Sequence[Part], delta: Delta) -> None:
-        """The answer went on."""
-        del delta  # the parts say it all
+    def take(self, parts: Sequence[Part]) -> None:
+        """The output went on."""
         self.output.take(parts)
-        self.flush()
 
     def finish(self, parts: Sequence[Part], reason: str, parser: AnswerParser) -> None:
         """The answer is over; the last event waits for the usage."""
@@ -135,7 +112,7 @@ class ResponseStream(EventStream):
     def on_complete(self) -> None:
         """The whole response."""
         document = self._envelope.document(self._status, output=self.output.items, usage=self.usage)
-        self.say(f"response.{self._status}", {"response": document})
+        self.say(f"response.{self._status}", {"response": {**document, **judged(self.slo)}})
         self.flush()
 
     def on_error(self, error: ApiError) -> None:
@@ -147,39 +124,20 @@ class ResponseStream(EventStream):
         self._closed = True
 
 
-class ResponsesDialect:
+class ResponsesDialect(OneAnswerDialect):
     """See the module's text."""
 
     def __init__(self, envelope: Envelope, reading: Reading) -> None:
+        super().__init__(reading)
         self._envelope = envelope
-        self._reading = reading
 
     def stream(self, outlet: Outlet) -> EventStream:
         return ResponseStream(outlet, self._envelope)
 
-    def stream_sink(
-        self, stream: EventStream, *, index: int, meter: Meter, leads: bool
-    ) -> BaseSink:
-        assert isinstance(stream, ResponseStream)
-        assert index == 0, "a response has one answer"
-        stream.begin()
-        parser = self._reading.parser(eager=True)
-        return PartSink(stream, meter=meter, leads=leads, parser=parser, narrator=stream)
-
-    def collect_sink(self, exchange: Exchange, *, meter: Meter, leads: bool) -> CollectSink:
-        parser = self._reading.parser(eager=False)
-        return PartCollectSink(exchange, meter=meter, leads=leads, logprobs=None, parser=parser)
-
-    def document(self, exchange: Exchange, collected: Sequence[CollectSink]) -> dict[str, Any]:
-        (sink,) = collected
-        assert isinstance(sink, PartCollectSink)
-        output = Output(_unheard)
+    def whole(self, exchange: Exchange, sink: PartCollectSink) -> dict[str, Any]:
+        output = Output(unheard)
         output.take(sink.parts)
         status = status_of(sink.finish_reason)
         output.finish(status)
-        return self._envelope.document(status, output=output.items, usage=exchange.usage)
-
-
-def _unheard(kind: str, fields: dict[str, Any]) -> None:
-    """Events of an answer in one piece are told to nobody."""
-    del kind, fields
+        response = self._envelope.document(status, output=output.items, usage=exchange.usage)
+        return {**response, **judged(exchange.slo)}

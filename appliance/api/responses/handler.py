@@ -5,22 +5,21 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from appliance.api.constraints import settled
 from appliance.api.context import CONTEXT
-from appliance.api.conversation import Conversation, fields_named, prepare
-from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
+from appliance.api.conversation import Conversation
+from appliance.api.decode import BodyDecoder
+from appliance.api.dialect import Dialect
 from appliance.api.errors import ApiError, shown
-from appliance.api.generate import ignored_header, serve, unused_fields
-from appliance.api.grammars import DESK
+from appliance.api.generate import Job
 from appliance.api.ids import item_id
-from appliance.api.plans import plan_for
 from appliance.api.responses.dialect import Envelope, ResponsesDialect
 from appliance.api.responses.items import turns_of_input
-from appliance.api.responses.schemas import ResponsesBody, TextFormat
-from appliance.api.schemas import ChatBody, GenerationBody, JsonSchemaFormat, ResponseFormat
-from appliance.api.speech import SPEECH, Speech
-from appliance.api.tools import Choice, Tool, check_kind, check_names, tool_use
-from appliance.api.validate import check_model, invalid
+from appliance.api.responses.schemas import FlatTool, ResponsesBody, TextFormat
+from appliance.api.schemas import ChatBody, JsonSchemaFormat, ResponseFormat
+from appliance.api.speech import Reading, Speech
+from appliance.api.talk import Route, answer, chat_body_of
+from appliance.api.tools import Tool, check_kind, choice_of, gathered, tool_use
+from appliance.api.validate import invalid
 
 DECODER = web.AppKey("responses_decoder", BodyDecoder[ResponsesBody])
 HARMLESS_INCLUDES = frozenset({"reasoning.encrypted_content"})
@@ -38,37 +37,7 @@ NAMES = {
 
 async def handle(request: web.Request) -> web.StreamResponse:
     """Answer a conversation, in one piece or as a stream of events."""
-    context = request.app[CONTEXT]
-    raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
-    decoded = await decode_beside(context.node.text, request.app[DECODER], raw)
-    body = decoded.body
-    check_model(body.model, context.node.info.model)
-    check_fields(body)
-    speech = request.app[SPEECH]
-    conversation = await beside(context.node.text, len(raw), lambda: conversation_of(body, speech))
-    with fields_named(NAMES):
-        chat = chat_body(body)
-        plan = plan_for(request, chat)
-        form = await settled(
-            request.app[DESK],
-            chat,
-            plan=plan,
-            conversation=conversation,
-            speech=speech,
-        )
-        name = item_id("resp")
-        job, reading = await prepare(
-            context,
-            speech,
-            form.conversation,
-            name=name,
-            plan=form.plan,
-            headers=ignored_header(
-                (*decoded.ignored, *form.ignored, *unused_fields(context, plan))
-            ),
-        )
-    envelope = Envelope(name, context.node.info.model, echo_of(body))
-    return await serve(context, request, job=job, dialect=ResponsesDialect(envelope, reading))
+    return await answer(request, ROUTE)
 
 
 def check_fields(body: ResponsesBody) -> None:
@@ -96,63 +65,36 @@ def conversation_of(body: ResponsesBody, speech: Speech) -> Conversation:
     if body.reasoning is not None and body.reasoning.effort == "none":
         variables |= speech.quiet("reasoning.effort")
     use = tool_use(
-        tools_of(body),
-        choice_of(body.tool_choice),
+        gathered(body.tools, _tool, name_at="tools[{}].name"),
+        choice_of(body.tool_choice, flat=True),
         parallel=body.parallel_tool_calls,
         speech=speech,
     )
     return Conversation(turns=turns_of_input(body), use=use, variables=variables)
 
 
-def tools_of(body: ResponsesBody) -> tuple[Tool, ...]:
-    """The tools on offer. Raises `ApiError`."""
-    tools = []
-    for index, given in enumerate(body.tools or ()):
-        at = f"tools[{index}]"
-        check_kind(given.type, at)
-        if given.name is None:
-            raise invalid(f"{at}.name", "is missing; name the function.")
-        tools.append(
-            Tool(
-                name=given.name,
-                description=given.description,
-                parameters=given.parameters,
-                strict=bool(given.strict),
-            )
-        )
-    check_names([tool.name for tool in tools], "tools[{}].name")
-    return tuple(tools)
-
-
-def choice_of(value: str | dict[str, Any] | None) -> Choice:
-    """`tool_choice` of this route. Raises `ApiError`."""
-    match value:
-        case None | "auto":
-            return Choice()
-        case "none":
-            return Choice(mode="none")
-        case "required":
-            return Choice(mode="required")
-        case {"type": "function", "name": str(name)}:
-            return Choice(mode="required", name=name)
-    raise ApiError(
-        f"'tool_choice' is {shown(value)}; give 'none', 'auto', 'required' or "
-        '{"type": "function", "name": ...}.',
-        code="unsupported_value",
-        param="tool_choice",
+def _tool(given: FlatTool, at: str) -> Tool:
+    check_kind(given.type, at)
+    if given.name is None:
+        raise invalid(f"{at}.name", "is missing; name the function.")
+    return Tool(
+        name=given.name,
+        description=given.description,
+        parameters=given.parameters,
+        strict=bool(given.strict),
     )
 
 
 def chat_body(body: ResponsesBody) -> ChatBody:
     """What the request says of drawing tokens, as a chat request would say it."""
-    shared = {name: getattr(body, name) for name in GenerationBody.__struct_fields__}
-    shared |= {"stream_options": None, "parallel_tool_calls": None}
     form = None if body.text is None else body.text.format
-    if form is not None and form.type != "text":
-        if body.response_format is not None:
-            raise invalid("response_format", "is called 'text.format' here.")
-        shared["response_format"] = _format(form)
-    return ChatBody(messages=[], max_completion_tokens=body.max_output_tokens, **shared)
+    return chat_body_of(
+        body,
+        form=None if form is None or form.type == "text" else _format(form),
+        form_name="text.format",
+        parallel_tool_calls=None,
+        max_completion_tokens=body.max_output_tokens,
+    )
 
 
 def _format(form: TextFormat) -> ResponseFormat:
@@ -202,3 +144,19 @@ def _unsupported(param: str, value: object) -> ApiError:
         code="unsupported_parameter",
         param=param,
     )
+
+
+def _dialect(request: web.Request, body: ResponsesBody, job: Job, reading: Reading) -> Dialect:
+    model = request.app[CONTEXT].node.info.model
+    return ResponsesDialect(Envelope(job.name, model, echo_of(body)), reading)
+
+
+ROUTE = Route(
+    decoder=DECODER,
+    check=check_fields,
+    conversation_of=conversation_of,
+    chat_body=chat_body,
+    new_name=lambda: item_id("resp"),
+    dialect=_dialect,
+    names=NAMES,
+)
