@@ -61,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     timeline = Timeline()
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["simulate"]:
+        from appliance.simulate import main as simulate
+
+        return simulate(given[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     timeline.reached("python")
@@ -114,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     made = commands.add_parser("key", help="make an API key: the entry for the configuration")
     made.add_argument("--name", required=True, help="whose key it is")
     made.add_argument("--admin", action="store_true", help="it opens the admin routes")
+    commands.add_parser("simulate", help="try policies on a machine that is not here")
     commands.add_parser("config", help="print the commented default configuration")
     return parser
 
