@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from appliance.api.families import counter, gauge, histogram
 from appliance.api.limits import Account
 from appliance.api.observe import ApiStats
+from appliance.api.slo_metrics import BudgetMetrics
 from appliance.api.transfer_metrics import transfer_metrics
 from appliance.core.lifecycle import WorkerState
 from appliance.core.types import Role
@@ -34,6 +35,7 @@ class Metrics:
         node.moves.observe = stats.moved
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Surface(stats))
+        self._registry.register(BudgetMetrics(stats, node.stats, node.dispatcher.view.cost.steps))
         self._registry.register(_Engine(node))
         if accounts:
             self._registry.register(_Keys(accounts))

@@ -1,8 +1,16 @@
-"""Latency targets of one request: from its class, its body, its headers.
+"""Latency targets of one request: from its body, its headers, its key, its class.
 
-Precedence, target by target: the `slo` object, the flat field (`ttft_slo_ms` ...), the header, the
-class. The class is the one that the body names, else the header, else that of the caller's key,
-else "default". Targets travel as seconds from here on.
+Precedence, target by target: the first of these that says something about it
+
+    slo in the body         its own numbers, then the class that it names
+    ttft_slo_ms, tpot_slo_ms, ttlt_slo_ms in the body
+    x-slo-ttft-ms, x-slo-tpot-ms, then the class of x-slo-class
+    the class of the caller's key
+    the class "default"
+
+Only one class counts, the first that is named: it gives the weight, the name, what becomes of a
+budget that cannot be met, and every target that nobody said anything about. Targets travel as
+seconds from here on.
 """
 
 import math
@@ -23,34 +31,39 @@ def slo_of(
     """The targets of this request; `default` is the class of those that name none. Raises
     `ApiError` naming the field or header."""
     given = body.slo if isinstance(body.slo, SloBody) else SloBody()
-    base, named = _class(body, headers, classes, default=default)
-    ttft = _first(
+    in_body, named = _class(body, headers, classes)
+    base = _named(classes, default) if named is None else named
+    strong = base if in_body else Slo()  # outranks the flat fields and headers
+    own = (
         _seconds("slo.ttft_ms", given.ttft_ms),
-        _seconds("ttft_slo_ms", body.ttft_slo_ms),
-        _header(headers, "x-slo-ttft-ms"),
-    )
-    tpot = _first(
         _seconds("slo.tpot_ms", given.tpot_ms),
-        _seconds("tpot_slo_ms", body.tpot_slo_ms),
-        _header(headers, "x-slo-tpot-ms"),
+        _seconds("slo.e2e_ms", given.e2e_ms),
     )
-    e2e = _first(_seconds("slo.e2e_ms", given.e2e_ms), _seconds("ttlt_slo_ms", body.ttlt_slo_ms))
-    if ttft is None and tpot is None and e2e is None:
+    later = (
+        _first(_seconds("ttft_slo_ms", body.ttft_slo_ms), _header(headers, "x-slo-ttft-ms")),
+        _first(_seconds("tpot_slo_ms", body.tpot_slo_ms), _header(headers, "x-slo-tpot-ms")),
+        _seconds("ttlt_slo_ms", body.ttlt_slo_ms),
+    )
+    if all(value is None for value in (*own, *later)):
         return base
     return Slo(
-        class_name=base.class_name if named else CUSTOM,
-        ttft=_first(ttft, base.ttft),
-        tpot=_first(tpot, base.tpot),
-        e2e=_first(e2e, base.e2e),
+        class_name=CUSTOM if named is None else base.class_name,
+        ttft=_first(own[0], strong.ttft, later[0], base.ttft),
+        tpot=_first(own[1], strong.tpot, later[1], base.tpot),
+        e2e=_first(own[2], strong.e2e, later[2], base.e2e),
         weight=base.weight,
         on_miss=base.on_miss,
     )
 
 
+def _named(classes: Mapping[str, Slo], name: str) -> Slo:
+    return classes.get(name, classes.get("default", Slo()))
+
+
 def _class(
-    body: GenerationBody, headers: Mapping[str, str], classes: Mapping[str, Slo], *, default: str
-) -> tuple[Slo, bool]:
-    """The class and whether the request named it."""
+    body: GenerationBody, headers: Mapping[str, str], classes: Mapping[str, Slo]
+) -> tuple[bool, Slo | None]:
+    """The class that the request names, and whether its body does."""
     named: str | None
     if isinstance(body.slo, str):
         field, named = "slo", body.slo
@@ -58,9 +71,8 @@ def _class(
         field, named = "slo.class", body.slo.class_name
     else:
         field, named = "x-slo-class", headers.get("x-slo-class")
-    usual = classes.get("default", Slo())
     if named is None:
-        return classes.get(default, usual), False
+        return False, None
     if named != "default" and named not in classes:
         known = ", ".join(sorted({"default", *classes}))
         raise ApiError(
@@ -68,7 +80,7 @@ def _class(
             code="invalid_value",
             param=field,
         )
-    return classes.get(named, usual), True
+    return field != "x-slo-class", _named(classes, named)
 
 
 def _seconds(name: str, value: float | None) -> float | None:
