@@ -18,7 +18,7 @@ def generate(
 ) -> list[Item]:
     """The requests of a run of `seconds` at a mean of `rate` requests per second, sorted by `at`.
 
-    `arrivals` stands in for the specification's. The n-th request of a class has the same lengths
+    `arrivals` and `calibration` stand in for the specification's. The n-th request of a class has the same lengths
     at every rate."""
     kinds = {one.name: one for one in spec.classes}
     times = arrival_times(
@@ -28,6 +28,7 @@ def generate(
         shares={name: one.share for name, one in kinds.items()},
         seed=seed,
     )
+    calibration = calibration or spec.calibration
     draws = {name: Draws(seed, f"lengths/{name}") for name in kinds}
     items = []
     for index, (at, name) in enumerate(times):

@@ -14,7 +14,8 @@
     tpot_ms = 50
 
 Targets are absolute, in milliseconds. `relative_ttft` and `relative_tpot` ("tight", "normal",
-"loose") say what they become where a calibration of the unloaded server is given.
+"loose") say what they become where a calibration of the unloaded server is given: measured by the
+client, or written down, `calibration = { a_ms = 8.0, b_ms = 0.03, tpot0_ms = 5.0 }`.
 """
 
 import difflib
@@ -116,6 +117,8 @@ class WorkloadSpec(Record, frozen=True, kw_only=True):
     max_tokens: int = 0
     slo_scale: float = 1.0
     warm_up_seconds: float = 5.0
+    calibration: Calibration | None = None
+    """Where relative targets are wanted whatever the client measures."""
 
     def named(self, name: str) -> ClassSpec | None:
         """The class of that name."""
@@ -150,6 +153,13 @@ class _SpecFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_tokens: _Count = 0
     slo_scale: _Positive = 1.0
     warm_up_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    calibration: dict[str, Any] | None = None
+
+
+class _CalibrationFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    a_ms: Annotated[float, msgspec.Meta(ge=0)]
+    b_ms: Annotated[float, msgspec.Meta(ge=0)]
+    tpot0_ms: _Positive
 
 
 _FileT = TypeVar("_FileT", bound=msgspec.Struct)
@@ -270,12 +280,20 @@ def spec_from_table(table: Mapping[str, object]) -> WorkloadSpec:
         max_tokens=given.max_tokens,
         slo_scale=given.slo_scale,
         warm_up_seconds=given.warm_up_seconds,
+        calibration=_calibration(given.calibration),
     )
 
 
 def class_slos(spec: WorkloadSpec) -> dict[str, Slo]:
     """The absolute targets of each class, by name."""
     return {one.name: one.slo(scale=spec.slo_scale) for one in spec.classes}
+
+
+def _calibration(given: Mapping[str, object] | None) -> Calibration | None:
+    if given is None:
+        return None
+    known = _converted(given, _CalibrationFile, where="calibration.")
+    return Calibration(a=known.a_ms / 1000, b=known.b_ms / 1000, tpot0=known.tpot0_ms / 1000)
 
 
 def _class(

@@ -54,6 +54,7 @@ def trace_items(
         placed = _by_process(
             spec, rows, rate=rate, seconds=seconds, seed=seed, arrivals=arrivals, load=load
         )
+    calibration = calibration or spec.calibration
     size = block_tokens(rows) if prefix_block_tokens is None else prefix_block_tokens
     classes = Draws(seed, "trace classes")
     cumulative = _running([one.share for one in spec.classes])

@@ -56,6 +56,17 @@ def test_relative_targets_come_from_a_calibration() -> None:
     assert found["batch"] == (None, None, 120.0)
 
 
+def test_a_file_may_hold_the_calibration(tmp_path: Path) -> None:
+    file = tmp_path / "relative.toml"
+    words = "calibration = { a_ms = 8.0, b_ms = 0.03, tpot0_ms = 5.0 }"
+    file.write_text(FILE.replace("slo_scale = 0.4", words))
+    spec = load_spec(str(file))
+    assert spec.calibration == Calibration(a=0.008, b=0.03 / 1000, tpot0=0.005)
+    file.write_text(FILE.replace("slo_scale = 0.4", words.replace("b_ms", "b_s")))
+    with pytest.raises(SpecError, match=r"calibration\.b_s: there is no such field"):
+        load_spec(str(file))
+
+
 FILE = """
 name = "mine"
 arrivals = "gamma:2"
