@@ -72,7 +72,7 @@ def make_body(item: Item, *, prompt: bytes, settings: BodySettings) -> bytes:
         "model": settings.model,
         "stream": True,
         "temperature": 0,
-        "max_tokens": settings.natural_max_tokens if settings.natural else item.output_tokens,
+        "max_tokens": settings.natural_max_tokens if settings.natural else item.max_tokens,
         **settings.extra,
     }
     if not settings.natural:

@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
             return
         if payload:
             receiver.body(payload, now)
-        if body.over:
+        if body.over and self._receiver is not None:
             self._finish(now)
 
     def abort(self) -> None:

@@ -30,6 +30,8 @@ class LoopSettings(Record, frozen=True):
 
     timeout: float = 600.0
     drain: float = 120.0
+    natural: bool = False
+    """Answers end where the model ends them."""
 
 
 class Asked:
@@ -37,9 +39,9 @@ class Asked:
 
     __slots__ = ("answer", "connection", "item", "retried", "sent")
 
-    def __init__(self, item: Item, on_end: Callable[["Asked"], None]) -> None:
+    def __init__(self, item: Item, on_end: Callable[["Asked"], None], *, stop_after: int) -> None:
         self.item = item
-        self.answer = Answer(lambda _: on_end(self))
+        self.answer = Answer(lambda _: on_end(self), stop_after=stop_after)
         self.sent = 0.0
         """When the client turned to it; what the network takes comes after."""
         self.connection: Connection | None = None
@@ -103,7 +105,10 @@ class OpenLoop:
                 await asyncio.sleep(0)  # a burst must not keep answers from being read
 
     def _send(self, item: Item) -> None:
-        asked = Asked(item, self._ended)
+        # asking for more tokens than one wants says nothing about how many that are
+        enough = item.output_tokens if item.max_tokens > item.output_tokens else 0
+        stop_after = 0 if self._settings.natural else enough
+        asked = Asked(item, self._ended, stop_after=stop_after)
         request = self._requests.take()
         self._open.add(asked)
         self.num_sent += 1
@@ -151,7 +156,9 @@ class OpenLoop:
     def _ended(self, asked: Asked) -> None:
         self._open.discard(asked)
         self.num_ended += 1
-        asked.connection = None
+        connection, asked.connection = asked.connection, None
+        if asked.answer.stopped and connection is not None:
+            connection.abort()
         self._on_end(asked)
         if not self._open:
             self._drained.set()

@@ -35,6 +35,7 @@ class Answer:
         "_plain",
         "_raw",
         "_splitter",
+        "_stop_after",
         "_tail",
         "cached_tokens",
         "error",
@@ -45,13 +46,16 @@ class Answer:
         "prompt_tokens",
         "server",
         "status",
+        "stopped",
         "times",
         "workers",
     )
 
-    def __init__(self, on_end: Callable[["Answer"], None]) -> None:
-        """`on_end` is called once, when nothing more can come."""
+    def __init__(self, on_end: Callable[["Answer"], None], *, stop_after: int = 0) -> None:
+        """`on_end` is called once, when nothing more can come. After `stop_after` tokens (0:
+        never) the client has read enough: the answer is finished, whatever else might come."""
         self._on_end = on_end
+        self._stop_after = stop_after
         self._splitter = EventSplitter()
         self._tail: deque[bytes] = deque(maxlen=TAIL)
         self._counting = False
@@ -73,6 +77,8 @@ class Answer:
         self.server: dict[str, Any] | None = None
         """The verdict `slo` of the server."""
         self.over = False
+        self.stopped = False
+        """It was the client who ended it, having read enough."""
 
     @property
     def finished(self) -> bool:
@@ -96,6 +102,9 @@ class Answer:
                 self._tail.append(block)
             else:
                 self._event(block, now)
+            if self._stop_after and len(self.times) >= self._stop_after and not self.over:
+                self._stop()
+                return
 
     def over_at(self, now: float) -> None:
         """The response is complete."""
@@ -109,6 +118,16 @@ class Answer:
         if not self.over:
             self.error, self.message = self.error or kind, self.message or message
             self._close()
+
+    def _stop(self) -> None:
+        """Enough was read, unless the last event is the server's own end."""
+        last = _document(data_of(self._tail[-1]) or b"")
+        if not self.error and not (last and is_closing(last)):
+            self.stopped, self.over = True, True
+            self.finish_reason = "enough"
+            self.num_tokens = len(self.times)
+            self._tail.clear()
+            self._on_end(self)
 
     def _event(self, block: bytes, now: float) -> None:
         """One event that has to be read: before the first token, or with an error."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from appliance.bench.bodies import BodySettings, Route, Targets, head_maker, make_body
-from appliance.bench.connection import Pool
+from appliance.bench.connection import Connection, Pool
 from appliance.bench.http import Head
 from appliance.bench.prompts import (
     ID_RANGES,
@@ -245,7 +245,7 @@ async def ask(pool: Pool, request: bytes, *, seconds: float = PROBE_SECONDS) -> 
     """Stream one answer to its end. Raises `BenchError` where there is no server."""
     over = asyncio.Event()
     answer = Answer(lambda _: over.set())
-    connection = await _connect(pool)
+    connection = await _connect(pool, fresh=False)
     connection.begin(StreamReceiver(answer, answer.give_up), request)
     try:
         await asyncio.wait_for(over.wait(), seconds)
@@ -262,7 +262,7 @@ async def fetch(pool: Pool, address: Address, path: str) -> tuple[int, bytes]:
         lines.append(f"authorization: Bearer {address.key}")
     lines.append("accept: */*")
     collector = _Collector(asyncio.get_running_loop().create_future())
-    connection = await _connect(pool)
+    connection = await _connect(pool, fresh=True)
     connection.begin(collector, ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
     try:
         await asyncio.wait_for(collector.done, PROBE_SECONDS)
@@ -274,9 +274,9 @@ async def fetch(pool: Pool, address: Address, path: str) -> tuple[int, bytes]:
     return collector.status, collector.raw
 
 
-async def _connect(pool: Pool) -> Any:
+async def _connect(pool: Pool, *, fresh: bool) -> Connection:
     try:
-        return await pool.get(fresh=True)
+        return await pool.get(fresh=fresh)
     except OSError as error:
         raise BenchError(f"cannot connect: {error.strerror or error}. Is the server up?") from error
 
