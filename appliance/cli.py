@@ -66,6 +66,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         from appliance.simulate import main as simulate
 
         return simulate(given[1:])
+    if given[:1] == ["bench"]:
+        from appliance.bench.command import main as bench
+
+        return bench(given[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     timeline.reached("python")
@@ -120,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--name", required=True, help="whose key it is")
     made.add_argument("--admin", action="store_true", help="it opens the admin routes")
     commands.add_parser("simulate", help="try policies on a machine that is not here")
+    commands.add_parser("bench", help="offer a workload to a server and score its answers")
     commands.add_parser("config", help="print the commented default configuration")
     return parser
 
