@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     """The command with its arguments; the exit code."""
     parser = argparse.ArgumentParser(
         prog="appliance bench",
-        description="Offer an open-loop workload of several classes to a server; score the answers.",
+        description="Offer an open-loop workload to a server and score its answers, class by class.",
     )
     add_options(parser)
     return run(parser.parse_args(arguments))
