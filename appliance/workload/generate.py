@@ -18,8 +18,8 @@ def generate(
 ) -> list[Item]:
     """The requests of a run of `seconds` at a mean of `rate` requests per second, sorted by `at`.
 
-    `arrivals` and `calibration` stand in for the specification's. The n-th request of a class has the same lengths
-    at every rate."""
+    `arrivals` and `calibration` stand in for the specification's. The n-th request of a class has
+    the same lengths at every rate."""
     kinds = {one.name: one for one in spec.classes}
     times = arrival_times(
         parse_arrivals(spec.arrivals) if arrivals is None else arrivals,
