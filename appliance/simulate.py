@@ -27,6 +27,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from appliance.bench.curves import THRESHOLDS, capacities, capacity_words
+from appliance.bench.plots import NoPictures
+from appliance.bench.report import BadReport, check_name, write_report
 from appliance.metrics.document import Document, write_document
 from appliance.policy.settings import PolicySettingsError
 from appliance.sim.machine import WEIGHT_SOURCES, Machine, UnknownMachine, parse_machine
@@ -42,7 +45,7 @@ from appliance.sim.sweep import (
     run_point,
 )
 from appliance.workload.arrivals import ArrivalsError, parse_arrivals
-from appliance.workload.spec import SpecError, WorkloadSpec, load_spec
+from appliance.workload.spec import SpecError, WorkloadSpec, class_slos, load_spec
 from appliance.workload.traces import TraceError, read_trace
 
 LOADS = "0.5,0.7,0.9,1.0,1.1,1.3"
@@ -56,6 +59,7 @@ class CannotSimulate(Exception):
 
 MISTAKES = (
     CannotSimulate,
+    BadReport,
     PolicySettingsError,
     UnknownMachine,
     SpecError,
@@ -85,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--arrivals", metavar="A", help="poisson, gamma:4, phases:20 or steps:60x3,60x0.5")
     add("--seed", default="0", metavar="N,N", help="seeds of the workload and of step times")
     add("--json", required=True, metavar="OUT", help="file for the results")
-    add("--plot", metavar="OUT", help="file for a picture (PNG)")
+    add("--plot", metavar="OUT", help="file for pictures (.png) or a report (.html)")
     add("--jobs", type=int, default=1, metavar="N", help="processes")
     add("--without", default="", metavar="X,X", help="ablations: " + ", ".join(_ablations()))
     add("--weights", choices=WEIGHT_SOURCES, help="where workers get their weights from")
@@ -119,17 +123,17 @@ def _simulate(options: argparse.Namespace) -> int:
     document = _document(options, sweep, todo, results=results)
     write_document(Path(options.json), document)
     console.print(_table(results))
+    console.print()
     tokens = sum(result.counts["tokens"] for result in results)
     console.print(
         f"{len(results)} runs, {tokens:,} tokens in {seconds:.1f} s "
         f"({seconds / max(1, tokens) * 1e6:.1f} microseconds a token); results in {options.json}"
     )
+    _show_capacities(console, document)
     if options.plot:
-        from appliance.sim_chart import NoPicture, draw
-
         try:
-            draw(Path(options.plot), document)
-        except NoPicture as error:
+            write_report(Path(options.plot), document)
+        except NoPictures as error:
             sys.stderr.write(f"appliance: {error}\n")
             return 1
         console.print(f"picture in {options.plot}")
@@ -140,6 +144,8 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> tuple[Sweep, list[Point]]:
+    if options.plot:
+        check_name(Path(options.plot))
     machine = _machine(options)
     spec = _spec(options, machine)
     rows = tuple(read_trace(Path(options.trace))) if options.trace else ()
@@ -284,6 +290,11 @@ def _document(
         "arrivals": sweep.arrivals,
         "seconds": sweep.seconds,
         "reference_rate": sweep.reference,
+        "load_is": "load relative to the reference rate",
+        "classes": {
+            name: {"ttft_ms": _milli(slo.ttft), "tpot_ms": _milli(slo.tpot)}
+            for name, slo in class_slos(sweep.spec).items()
+        },
         "machine": machine,
         "ablation": to_builtins(sweep.ablation),
         "points": [
@@ -333,6 +344,29 @@ def _table(results: Sequence[PointResult]) -> Table:
             f"{run.instance_seconds:,.0f}",
         )
     return table
+
+
+def _milli(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000
+
+
+def _show_capacities(console: Console, document: Document) -> None:
+    if len({run.load for run in document.runs}) < 2:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("capacity (load)", no_wrap=True)
+    for level in THRESHOLDS:
+        table.add_column(f"worst class >= {level:.0%}", justify="right")
+        table.add_column(f"all >= {level:.0%}", justify="right")
+    for each in capacities(document):
+        cells = [
+            capacity_words(found)
+            for pair in zip(each.worst, each.overall, strict=True)
+            for found in pair
+        ]
+        table.add_row(each.policy, *cells)
+    console.print(table)
+    console.print()
 
 
 def _style(share: float) -> str:
