@@ -34,7 +34,7 @@ from appliance.bench.report import BadReport, write_report
 from appliance.bench.session import only_new, policy_of, run_point
 from appliance.bench.tables import capacity_table, class_table, heading
 from appliance.bench.target import BenchError, Target, address_of, probe
-from appliance.metrics.document import Document, write_document
+from appliance.metrics.document import Document, append_lines, write_document
 from appliance.metrics.score import VOID_LATENESS, Summary
 from appliance.workload.arrivals import ArrivalsError
 from appliance.workload.spec import class_slos
@@ -134,6 +134,8 @@ async def _sweep(
         finally:
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)
+        if options.outcomes is not None:
+            append_lines(options.outcomes, found.outcomes)
         document = msgspec.structs.replace(document, runs=only_new(document.runs, found.summary))
         if options.json is not None:
             write_document(options.json, document)

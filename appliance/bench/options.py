@@ -36,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--arrivals", metavar="A", help="poisson, gamma:4, phases:20, ... (the workload's)")
     add("--seed", type=whole_numbers, default=(0,), metavar="N", help="one or several: 0,1,2")
     add("--json", type=Path, metavar="OUT", help="write all scores here, run by run")
+    add("--outcomes", type=Path, metavar="OUT", help="append every request's fate, a line each")
     add("--resume", action="store_true", help="measure only what --json does not have yet")
     add("--report", type=Path, metavar="OUT", help="write OUT.html or OUT.png with pictures")
     add("--policy-name", metavar="WORDS", help="what the results call the server's policy")

@@ -1,6 +1,6 @@
 """Results as JSON: one document for a whole sweep, or one line per run for a sweep that resumes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,18 @@ def read_document(path: Path) -> Document:
 
 def append_line(path: Path, record: msgspec.Struct) -> None:
     """Append a record as one line of JSON, in place of a last line that was cut off."""
+    append_lines(path, [record])
+
+
+def append_lines(path: Path, records: Iterable[msgspec.Struct]) -> None:
+    """Append records, a line of JSON each, in place of a last line that was cut off."""
     if path.exists():
         data = path.read_bytes()
         if not data.endswith(b"\n"):
             with path.open("ab") as file:
                 file.truncate(data.rfind(b"\n") + 1)
     with path.open("ab") as file:
-        file.write(msgspec.json.encode(record) + b"\n")
+        file.writelines(msgspec.json.encode(record) + b"\n" for record in records)
 
 
 def read_lines(path: Path) -> list[Summary]:
