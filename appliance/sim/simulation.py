@@ -83,7 +83,7 @@ def simulate(
         machine=machine,
         dispatcher=dispatcher_config(machine, ablation, dispatcher),
         batcher=batcher_config(machine, ablation),
-        workers=_workers(choice, machine),
+        workers=worker_specs(choice, machine),
         seed=seed,
         blind=ablation.budgets,
         validate=validate,
@@ -139,7 +139,8 @@ def batcher_config(machine: Machine, ablation: Ablation) -> BatcherConfig:
     )
 
 
-def _workers(choice: PolicyChoice, machine: Machine) -> tuple[WorkerSpec, ...]:
+def worker_specs(choice: PolicyChoice, machine: Machine) -> tuple[WorkerSpec, ...]:
+    """Those that serve, with their roles, then those on standby. Raises `PolicySettingsError`."""
     roles = choice.role_tuple(machine.num_workers)
     serving = [
         WorkerSpec(id=WorkerId(index), devices=(f"sim:{index}",), role=role)
