@@ -139,6 +139,11 @@ class DispatcherView:
         """What came into the queue and what left it after the mark `since`."""
         return self._state.requests.queue.changes(since)
 
+    def emitted(self, request: RequestId) -> int:
+        """Tokens of this live request that were sent."""
+        record = self._state.requests.get(request)
+        return 0 if record is None else record.emitted
+
     def is_demoted(self, request: RequestId) -> bool:
         """Whether the targets of this live request were given up."""
         record = self._state.requests.get(request)

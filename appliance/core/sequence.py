@@ -63,6 +63,7 @@ class LiveSequence:
         "answer_abort",
         "cached_tokens",
         "capacity",
+        "emitted_before",
         "first_token_at",
         "followers",
         "fresh",
@@ -111,7 +112,7 @@ class LiveSequence:
         """Content of its full blocks of known tokens, as far as told."""
         self.state = SeqState.WAITING
         self.phase = Phase.PREFILL
-        self.num_emitted = emitted_tokens
+        self.num_emitted = self.emitted_before = emitted_tokens
         self.num_known = request.prompt_tokens + emitted_tokens
         self.num_computed = 0
         """While waiting: what the prefix cache is expected to give."""

@@ -240,6 +240,9 @@ class NodeView(Protocol):
         """What came into the queue and what left it after the mark `since` (0: all), so that a
         policy can keep an order of its own without looking at all that waits."""
 
+    def emitted(self, request: RequestId) -> int:
+        """Tokens of this live request that were sent."""
+
     def is_demoted(self, request: RequestId) -> bool:
         """Whether the targets of this live request were given up."""
 
@@ -290,7 +293,12 @@ class SeqView(Protocol):
     def num_emitted(self) -> int: ...
 
     @property
-    def first_token_at(self) -> float | None: ...
+    def emitted_before(self) -> int:
+        """Those of `num_emitted` that came from other workers."""
+
+    @property
+    def first_token_at(self) -> float | None:
+        """When the first token after those came from here."""
 
 
 class LocalView(Protocol):

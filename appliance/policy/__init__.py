@@ -10,6 +10,7 @@ from appliance.policy.all_mixed import all_mixed
 from appliance.policy.edf import edf
 from appliance.policy.fcfs import fcfs
 from appliance.policy.fcfs_peak_kv import fcfs_peak_kv
+from appliance.policy.hyperflexis import hyperflexis
 from appliance.policy.least_loaded import least_loaded
 from appliance.policy.llumnix import llumnix
 from appliance.policy.role_control import role_controller
@@ -35,6 +36,7 @@ POLICIES: Mapping[str, PolicyFactory] = MappingProxyType(
         "sticky-prefix": sticky_prefix,
         "all-mixed": all_mixed,
         "fcfs-peak-kv": fcfs_peak_kv,
+        "hyperflexis": hyperflexis,
     }
 )
 

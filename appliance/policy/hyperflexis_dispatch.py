@@ -1,0 +1,334 @@
+"""HyperFlexis at the node: one queue, late binding, and no worker that gets more than its budgets
+bear.
+
+A request leaves the queue only for a worker where, with it, four things hold: its first token is in
+time, and so are those of the prompts that would wait behind it (*TTFT*); a step of all decodes, the
+newcomer among them, is within the tightest budget per token of both (*TPOT*); less than about two
+steps of more urgent prompts are before it (*chunk*: whatever more would only wait there, where it
+can be ordered no longer); and its prompt and a likely answer fit beside what is there (*memory*).
+
+What cannot be in time even if it began now is demoted (or refused, if its class says so). Best
+effort goes where there is little to do, and one at a time to every worker whatever there is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from appliance.core.slots import Late
+from appliance.core.types import OnMiss, Phase, Request, RequestId, Role, WorkerId
+from appliance.core.view import NodeView
+from appliance.policy.hyperflexis_budget import HyperflexisSettings, first_token_due, has_targets
+from appliance.policy.hyperflexis_decode import place_decode
+from appliance.policy.hyperflexis_queue import Entry, Lanes
+from appliance.policy.hyperflexis_workers import Estimate, Workers
+
+PLAN_EVERY = 0.025
+"""Seconds between two looks at whether all that waits can be in time."""
+TICK = 0.025
+"""While something is held, the node looks again after so many seconds at most."""
+BATCH = 4
+"""Requests that `order` names at a time; it is asked again when one of them was placed."""
+GRACE = 0.02
+"""Share of the time that is left by which a first token may be predicted late."""
+RELEARN = 1.0
+"""Seconds after which lengths of answers are looked up again."""
+FORGETTING = 0.02
+"""Weight of the newest fate in a class's share of those given up."""
+
+
+class Answer(NamedTuple):
+    """What an answer of a class is planned to be, until it is looked up again."""
+
+    tokens: int
+    seconds: float
+    until: float
+
+
+class HyperflexisDispatch:
+    """The slots `late`, `order`, `place` and `wakeup`. What it remembers it hears from the view."""
+
+    def __init__(self, settings: HyperflexisSettings) -> None:
+        self._settings = settings
+        self._lanes = Lanes()
+        self._workers = Workers(settings, self._urgency)
+        self._estimates: Mapping[WorkerId, Estimate] = {}
+        self._mark = 0
+        self._plan_at = -math.inf
+        self._given_up: dict[str, float] = {}
+        self._answers: dict[str, Answer] = {}
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    def late(self, view: NodeView, now: float) -> Sequence[Late]:
+        """Who cannot be in time even if it began now."""
+        self._hear(view, now)
+        next_start = self._lanes.next_start
+        if next_start is None or next_start > now or self._settings.late == "keep":
+            return ()
+        if not self._settings.priority:
+            return ()
+        found: list[Late] = []
+        for entry in self._lanes.overdue(now):
+            late = self._too_late(entry, now)
+            if late is not None:
+                found.append(late)
+        return found
+
+    def order(self, queue: Sequence[Request], view: NodeView, now: float) -> Sequence[Request]:
+        """The next few that some worker may take; none while all have enough to do."""
+        self._hear(view, now)
+        if not self._settings.priority:
+            return queue[:BATCH]
+        if now >= self._plan_at and self._settings.overload != "none":
+            self._plan(now)
+        lanes, estimates = self._lanes, self._estimates
+        heads = lanes.first("main", BATCH)
+        for index, entry in enumerate(heads):
+            if self._best(entry, estimates, now) is not None:
+                return [each.request for each in heads[index:]]
+        chosen: list[Entry] = []
+        if any(self._has_little(each) for each in estimates.values()):
+            chosen += heads + lanes.first("shed", BATCH) + lanes.first("lane", BATCH)
+        elif any(not each.num_late for each in estimates.values()):
+            chosen += lanes.first("lane", 1)
+        return [entry.request for entry in chosen]
+
+    def place(self, view: NodeView, request: Request, phase: Phase, now: float) -> WorkerId | None:
+        """The best worker where all budgets hold; None: it waits."""
+        willing = view.willing(request, now, phase)
+        if not willing:
+            return None
+        if phase is Phase.DECODE:
+            return place_decode(view, request, willing, self._settings)
+        self._hear(view, now)
+        entry = self._lanes.entries.get(request.id)
+        if entry is None:
+            return None
+        estimates = {id_: self._estimates[id_] for id_ in willing}
+        best = self._best(entry, estimates, now, view=view)
+        if best is None and entry.lane == "lane":
+            best = self._best_effort(entry, estimates)
+        elif best is None and entry.lane == "main":
+            best = self._idle(estimates)
+        return best
+
+    def wakeup(self, view: NodeView, now: float) -> float | None:
+        """While something waits: soon, at a time that stays the same until it has come."""
+        del view
+        if not len(self._lanes):
+            return None
+        return (math.floor(now / TICK) + 1) * TICK
+
+    # --- the queue ------------------------------------------------------------------------------
+
+    def _hear(self, view: NodeView, now: float) -> None:
+        """What changed since the last time."""
+        self._estimates = self._workers.refresh(view, now)
+        changes = view.queue_changes(self._mark)
+        if changes.mark == self._mark:
+            return
+        self._mark = changes.mark
+        if changes.whole:
+            self._lanes.clear()
+        for request, came in changes.changes:
+            if came:
+                self._came(view, request, now)
+            else:
+                self._left(request.id)
+
+    def _came(self, view: NodeView, request: Request, now: float) -> None:
+        self._learn_answer(view, request.slo.class_name, now)
+        tokens = self._tokens(view, request)
+        key, due = self._urgency(request, tokens, self._workers.serial)
+        start_by = due - tokens / self._workers.serial
+        entry = Entry(request, tokens=tokens, due=due, start_by=start_by, key=key)
+        entry.begun = view.emitted(request.id) > 0
+        if view.is_demoted(request.id):
+            entry.lane = "lane"
+        self._lanes.add(entry)
+
+    def _learn_answer(self, view: NodeView, class_name: str, now: float) -> None:
+        known = self._answers.get(class_name)
+        if known is not None and now < known.until:
+            return
+        cost = view.cost
+        tokens = int(cost.lengths.at(class_name, self._settings.length_quantile))
+        steps = [each.pace.step for each in self._estimates.values()]
+        seconds = tokens * max(steps, default=cost.decode_step_seconds)
+        self._answers[class_name] = Answer(tokens, seconds, now + RELEARN)
+
+    def _left(self, request_id: RequestId) -> None:
+        entry = self._lanes.remove(request_id)
+        if entry is not None and entry.lane != "lane":
+            self._note(entry.name, given_up=False)
+
+    def _note(self, class_name: str, *, given_up: bool) -> None:
+        share = self._given_up.get(class_name, 0.0)
+        self._given_up[class_name] = share + FORGETTING * ((1.0 if given_up else 0.0) - share)
+
+    def _tokens(self, view: NodeView, request: Request) -> int:
+        """Prompt tokens to compute where the most is cached."""
+        hashes, most = request.prefix_hashes, 0
+        if hashes:
+            for id_, estimate in self._estimates.items():
+                most = max(most, view.cached_blocks(id_, hashes) * estimate.view.block_tokens)
+        return max(1, request.prompt_tokens - most)
+
+    def _urgency(self, request: Request, tokens: int, rate: float) -> tuple[float, float]:
+        """(key, due); the least key is the most urgent."""
+        settings = self._settings
+        answer = 0.0
+        if request.slo.e2e is not None:
+            known = self._answers.get(request.slo.class_name)
+            answer = 0.0 if known is None else known.seconds
+        due = first_token_due(request, answer_seconds=answer, patience=settings.patience)
+        if not settings.priority:
+            return request.arrived, due
+        if settings.order == "deadline":
+            return due, due
+        if settings.order == "density":
+            return tokens / max(request.slo.weight, 1e-9), due
+        return due - tokens / rate, due
+
+    # --- too late, too much ---------------------------------------------------------------------
+
+    def _too_late(self, entry: Entry, now: float) -> Late | None:
+        """What becomes of one whose latest start is past; None if a worker could do it yet."""
+        best = math.inf
+        for each in self._estimates.values():
+            if each.view.role is not Role.DECODE or len(self._estimates) == 1:
+                best = min(best, each.residual(now) + entry.tokens / each.pace.rate)
+        left = entry.due - now
+        if best <= left * (1.0 + GRACE) and left > 0.0:
+            start_by = now + 0.5 * (left - best) + 1e-3
+            self._lanes.rekey(entry, start_by=start_by, key=entry.key)
+            return None
+        if not has_targets(entry.request):
+            self._lanes.demote(entry)
+            return None
+        self._note(entry.name, given_up=True)
+        words = f"its first token needs {best:.3f} s and is due in {left:.3f} s"
+        if best == math.inf:
+            words = f"no worker can begin it, and its first token is due in {left:.3f} s"
+        self._lanes.demote(entry)
+        if entry.request.slo.on_miss is OnMiss.REFUSE and not entry.begun:
+            return Late(id=entry.id, action="refuse", reason=words)
+        return Late(id=entry.id, action="demote", reason=words)
+
+    def _plan(self, now: float) -> None:
+        self._plan_at = now + PLAN_EVERY
+        workers, lanes = self._workers, self._lanes
+        head = lanes.head
+        if workers.rate <= 1.0 or (head is None and not lanes.num_shed):
+            return
+        ahead = workers.remaining / workers.rate
+        lanes.plan(
+            now,
+            rate=workers.rate,
+            serial=workers.serial,
+            ahead=ahead,
+            value=self._values(),
+        )
+
+    def _values(self) -> dict[str, float]:
+        """Classes of which more was given up than of others count for more."""
+        gain = self._settings.fairness
+        if not gain or not self._given_up:
+            return {}
+        least = min(self._given_up.values())
+        return {
+            name: math.exp(gain * min(1.0, 10.0 * (share - least)))
+            for name, share in self._given_up.items()
+        }
+
+    # --- where ----------------------------------------------------------------------------------
+
+    def _best(
+        self,
+        entry: Entry,
+        estimates: Mapping[WorkerId, Estimate],
+        now: float,
+        *,
+        view: NodeView | None = None,
+    ) -> WorkerId | None:
+        """The worker to take it, of those where all budgets hold."""
+        if entry.lane == "lane":
+            return None
+        fullest = self._settings.placement == "fullest"
+        best: WorkerId | None = None
+        least = math.inf
+        left = (entry.due - now) * (1.0 + GRACE)
+        held_back = entry.lane == "shed"
+        for id_, each in estimates.items():
+            ahead = each.remaining if held_back else each.ahead(entry.key)
+            if ahead >= self._settings.ahead_steps * each.pace.chunk:
+                continue
+            if not self._bears(entry.request, each):
+                continue
+            tokens, copy = entry.tokens, 0.0
+            if view is not None and entry.request.prefix_hashes:
+                tokens, copy = _missing(view, id_, entry.request, each)
+            seconds = copy + each.residual(now) + (ahead + tokens) / each.pace.rate
+            if self._settings.budget and seconds > left:
+                continue
+            score = -(each.remaining + each.view.context_tokens) if fullest else seconds
+            if self._settings.budget and each.harms(entry.key, tokens, now):
+                score += 1e3
+            if score < least:
+                best, least = id_, score
+        return best
+
+    def _bears(self, request: Request, each: Estimate) -> bool:
+        """Whether its decodes and its memory bear one more."""
+        view, settings = each.view, self._settings
+        if not view.assigned and not view.incoming:
+            return True
+        if view.assigned + view.incoming >= view.max_num_seqs:
+            return False
+        tokens = request.prompt_tokens + self._length(request)
+        if -(-tokens // view.block_tokens) > each.blocks_free:
+            return False
+        if not settings.budget or view.role is Role.PREFILL:
+            return True
+        tight = view.tightest_tpot
+        if request.slo.tpot is not None:
+            tight = request.slo.tpot if tight is None else min(tight, request.slo.tpot)
+        share = each.pace.decode / max(1, view.decodes)
+        return tight is None or each.pace.decode + share <= tight
+
+    def _length(self, request: Request) -> int:
+        known = self._answers.get(request.slo.class_name)
+        return 0 if known is None else known.tokens
+
+    def _has_little(self, each: Estimate) -> bool:
+        view = each.view
+        ahead = self._settings.ahead_steps * each.pace.chunk
+        return each.remaining < ahead and view.max_num_seqs > view.assigned + view.incoming
+
+    def _best_effort(self, entry: Entry, estimates: Mapping[WorkerId, Estimate]) -> WorkerId | None:
+        """Where there is least to do; if there is much everywhere, one at a time to each."""
+        little = [id_ for id_, each in estimates.items() if self._has_little(each)]
+        if not little:
+            little = [id_ for id_, each in estimates.items() if not each.num_late]
+        little = [id_ for id_ in little if self._bears(entry.request, estimates[id_])]
+        return min(
+            little,
+            key=lambda id_: (estimates[id_].remaining / estimates[id_].pace.rate, id_),
+            default=None,
+        )
+
+    def _idle(self, estimates: Mapping[WorkerId, Estimate]) -> WorkerId | None:
+        """A worker without any work, if there is one: it takes what no budget allows."""
+        for id_, each in estimates.items():
+            if not each.view.assigned and not each.view.incoming:
+                return id_
+        return None
+
+
+def _missing(
+    view: NodeView, worker: WorkerId, request: Request, each: Estimate
+) -> tuple[int, float]:
+    """Prompt tokens to compute there, and seconds to copy what need not be."""
+    plan = view.prefix_plan(worker, request.prefix_hashes)
+    tokens = request.prompt_tokens - plan.num_blocks * each.view.block_tokens
+    return max(1, tokens), plan.copy_seconds

@@ -1,0 +1,202 @@
+"""HyperFlexis: what waits at the node, kept in order as it comes and goes.
+
+Three lanes: *main* (to be served in time, the most urgent first), *shed* (held back so that the
+rest of the main lane can be in time; comes back when there is room), *lane* (best effort: what
+cannot be in time any more, the oldest first).
+
+Shedding is Moore's algorithm (Management Science 15(1), 1968) with values: walk along the due
+times, add up the work, and whenever somebody would be late hold back the one with the least value per
+second among those before. With equal values it leaves the fewest late; pure density order forgets
+that what is cheap may also be in no hurry."""
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from appliance.core.types import Request, RequestId
+
+Lane = Literal["main", "shed", "lane"]
+LIMIT = 384
+"""Requests of the main lane that a plan looks at."""
+HORIZON = 20.0
+"""What is due later than in so many seconds is not held back yet."""
+
+
+class Entry:
+    """One waiting request. Times are of the node's clock, tokens those of its prompt to compute
+    where most of it is cached."""
+
+    __slots__ = (
+        "begun",
+        "due",
+        "id",
+        "key",
+        "lane",
+        "name",
+        "request",
+        "start_by",
+        "tokens",
+        "weight",
+    )
+
+    def __init__(
+        self, request: Request, *, tokens: int, due: float, start_by: float, key: float
+    ) -> None:
+        self.request = request
+        self.id: RequestId = request.id
+        self.name = request.slo.class_name
+        self.weight = request.slo.weight
+        self.tokens = tokens
+        self.due = due
+        self.start_by = start_by
+        """Latest start of its prefill on a worker that does nothing else."""
+        self.key = key
+        """Urgency: the least is first."""
+        self.lane: Lane = "main"
+        self.begun = False
+        """Something of it was sent before: it cannot be refused."""
+
+
+class Lanes:
+    """The three lanes. An entry costs a bisection to insert and to remove."""
+
+    def __init__(self) -> None:
+        self.entries: dict[RequestId, Entry] = {}
+        self._main: list[tuple[float, RequestId]] = []
+        self._shed: list[tuple[float, RequestId]] = []
+        self._lane: list[tuple[float, RequestId]] = []
+        self._start_by: list[tuple[float, RequestId]] = []
+        """Of main and shed, by latest start."""
+        self.main_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def num_shed(self) -> int:
+        """Held back."""
+        return len(self._shed)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.__init__()  # type: ignore[misc]
+
+    def add(self, entry: Entry) -> None:
+        """A request came; into the lane that it names."""
+        self.entries[entry.id] = entry
+        if entry.lane == "lane":
+            insort(self._lane, (entry.request.arrived, entry.id))
+            return
+        insort(self._main, (entry.key, entry.id))
+        insort(self._start_by, (entry.start_by, entry.id))
+        entry.lane = "main"
+        self.main_tokens += entry.tokens
+
+    def remove(self, request_id: RequestId) -> Entry | None:
+        """It is gone; None if it was not here."""
+        entry = self.entries.pop(request_id, None)
+        if entry is None:
+            return None
+        if entry.lane == "lane":
+            _take(self._lane, (entry.request.arrived, entry.id))
+            return entry
+        _take(self._main if entry.lane == "main" else self._shed, (entry.key, entry.id))
+        _take(self._start_by, (entry.start_by, entry.id))
+        if entry.lane == "main":
+            self.main_tokens -= entry.tokens
+        return entry
+
+    def demote(self, entry: Entry) -> None:
+        """To best effort, for good."""
+        self.remove(entry.id)
+        entry.lane = "lane"
+        self.add(entry)
+
+    def rekey(self, entry: Entry, *, start_by: float, key: float) -> None:
+        """Its latest start has turned out to be another one."""
+        self.remove(entry.id)
+        entry.start_by, entry.key = start_by, key
+        self.add(entry)
+
+    def overdue(self, now: float) -> list[Entry]:
+        """Those whose latest start is past."""
+        count = bisect_left(self._start_by, (now, RequestId(0)))
+        return [self.entries[id_] for _, id_ in self._start_by[:count]]
+
+    @property
+    def next_start(self) -> float | None:
+        """The earliest of the latest starts."""
+        return self._start_by[0][0] if self._start_by else None
+
+    @property
+    def head(self) -> Entry | None:
+        """The most urgent of the main lane."""
+        return self.entries[self._main[0][1]] if self._main else None
+
+    def first(self, lane: Lane, count: int) -> list[Entry]:
+        """Up to `count` of a lane, first first."""
+        rows = {"main": self._main, "shed": self._shed, "lane": self._lane}[lane]
+        return [self.entries[id_] for _, id_ in rows[:count]]
+
+    # --- overload -------------------------------------------------------------------------------
+
+    def plan(
+        self, now: float, *, rate: float, serial: float, ahead: float, value: dict[str, float]
+    ) -> None:
+        """Decide anew who is held back. `rate`: prompt tokens per second of all workers together,
+        `serial` of one; `ahead`: seconds of work that they have already; `value`: of a class,
+        beside its weight (1 where it is not named)."""
+        entries = self.entries
+        if self._shed:
+            for row in self._shed:
+                entries[row[1]].lane = "main"
+                self.main_tokens += entries[row[1]].tokens
+            self._main = list(heapq.merge(self._main, self._shed))
+            self._shed = []
+        if not self._main or rate <= 0.0:
+            return
+        walk = sorted((entries[id_].due, id_) for _, id_ in self._main[:LIMIT])
+        out = set(_moore(now, walk, entries, rate=rate, serial=serial, ahead=ahead, value=value))
+        if not out:
+            return
+        self._shed = [row for row in self._main if row[1] in out]
+        self._main = [row for row in self._main if row[1] not in out]
+        for id_ in out:
+            entries[id_].lane = "shed"
+            self.main_tokens -= entries[id_].tokens
+
+
+def _moore(
+    now: float,
+    walk: Iterable[tuple[float, RequestId]],
+    entries: dict[RequestId, Entry],
+    *,
+    rate: float,
+    serial: float,
+    ahead: float,
+    value: dict[str, float],
+) -> Iterator[RequestId]:
+    """Whom to hold back."""
+    seconds = ahead
+    heap: list[tuple[float, RequestId]] = []
+    for due, id_ in walk:
+        left = due - now
+        if left > HORIZON:
+            break
+        entry = entries[id_]
+        density = entry.weight * value.get(entry.name, 1.0) / entry.tokens
+        heapq.heappush(heap, (density, id_))
+        seconds += entry.tokens / rate
+        while heap and seconds - entry.tokens / rate + entry.tokens / serial > left:
+            _, least = heapq.heappop(heap)
+            seconds -= entries[least].tokens / rate
+            yield least
+            if least == id_:
+                break
+
+
+def _take(rows: list[tuple[float, RequestId]], row: tuple[float, RequestId]) -> None:
+    index = bisect_left(rows, row)
+    if index < len(rows) and rows[index] == row:
+        del rows[index]

@@ -1,0 +1,173 @@
+"""HyperFlexis: what can be expected of each worker, worked out again only where something changed.
+
+A worker computes its prompts one after the other in the order of urgency, at the rate that its
+decodes leave. So a newcomer waits for the step under way, and for the tokens of those that are more
+urgent; those that are less urgent wait for the newcomer."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+
+from appliance.core.lifecycle import WorkerState
+from appliance.core.types import Request, RequestId, Role, WorkerId
+from appliance.core.view import NodeView, WorkerView
+from appliance.policy.hyperflexis_budget import HyperflexisSettings, Pace, pace
+
+FORGET = 0.5
+"""Seconds after which paces are worked out anew, since the step model learns."""
+
+
+class Estimate:
+    """One worker. `keys` are the urgencies of its prompts in their order, `sums[i]` the tokens of
+    the first i of them that are still to be computed, `dues` when each is due."""
+
+    __slots__ = (
+        "blocks_free",
+        "dues",
+        "keys",
+        "num_late",
+        "pace",
+        "remaining",
+        "residual_until",
+        "sums",
+        "view",
+    )
+
+    def __init__(self, view: WorkerView, now_pace: Pace) -> None:
+        self.view = view
+        self.pace = now_pace
+        self.keys: list[float] = []
+        self.sums: list[int] = [0]
+        self.dues: list[float] = []
+        self.remaining = 0
+        """Prompt tokens to compute, best effort included."""
+        self.num_late = 0
+        """Prompts of best effort there."""
+        self.blocks_free = 0
+        """After what is there has been given its prompt and its next tokens."""
+        self.residual_until = 0.0
+        """When the step under way is expected to end."""
+
+    def ahead(self, key: float) -> int:
+        """Tokens of those that are more urgent."""
+        return self.sums[bisect_left(self.keys, key)]
+
+    def residual(self, now: float) -> float:
+        """Seconds until a newcomer can begin."""
+        return max(0.0, self.residual_until - now)
+
+    def harms(self, key: float, tokens: int, now: float) -> bool:
+        """Whether a newcomer with so many tokens would make one that waits behind it late, which
+        would not be so otherwise."""
+        index = bisect_left(self.keys, key)
+        start, rate = now + self.residual(now), self.pace.rate
+        for place in range(index, len(self.keys)):
+            done = start + self.sums[place + 1] / rate
+            due = self.dues[place]
+            if done <= due < done + tokens / rate:
+                return True
+        return False
+
+
+class Workers:
+    """Estimates of all workers."""
+
+    def __init__(
+        self,
+        settings: HyperflexisSettings,
+        urgency: Callable[[Request, int, float], tuple[float, float]],
+    ) -> None:
+        """`urgency` gives (key, due) of a request with so many tokens at that rate."""
+        self._settings = settings
+        self._urgency = urgency
+        self._estimates: dict[WorkerId, Estimate] = {}
+        self._paces: dict[tuple[int, int, float | None, int], Pace] = {}
+        self._paces_until = 0.0
+        self.rate = 1.0
+        """Prompt tokens per second of those that are meant for prompts, together."""
+        self.serial = 1.0
+        """Of one of them, on average."""
+        self.remaining = 0
+        self._urgencies: dict[RequestId, tuple[float, float]] = {}
+
+    def refresh(self, view: NodeView, now: float) -> Mapping[WorkerId, Estimate]:
+        """The estimates, those of changed workers worked out again."""
+        if now >= self._paces_until:
+            self._paces.clear()
+            self._paces_until = now + FORGET
+        changed = False
+        estimates = self._estimates
+        workers = view.workers
+        for id_, worker in workers.items():
+            known = estimates.get(id_)
+            if known is None or known.view is not worker:
+                estimates[id_] = self._estimate(view, worker)
+                changed = True
+        if changed:
+            self._sum_up()
+        return estimates
+
+    def _sum_up(self) -> None:
+        rate, count, remaining = 0.0, 0, 0
+        for estimate in self._estimates.values():
+            worker = estimate.view
+            if worker.state is WorkerState.READY and worker.role is not Role.DECODE:
+                rate += estimate.pace.rate
+                count += 1
+                remaining += estimate.remaining
+        self.rate = rate
+        if count:
+            self.serial = rate / count
+        self.remaining = remaining
+
+    def pace_of(self, view: NodeView, worker: WorkerView) -> Pace:
+        """Its pace beside what decodes there; numbers alike are looked up."""
+        decodes, context = (worker.decodes + 1) >> 1 << 1, worker.context_tokens >> 12 << 12
+        tight = worker.tightest_tpot if worker.role is not Role.PREFILL else None
+        key = (decodes, context, tight, worker.max_batch_tokens)
+        known = self._paces.get(key)
+        if known is None:
+            known = self._paces[key] = pace(
+                view.cost.steps,
+                decodes=decodes,
+                context_tokens=context,
+                tpot=tight,
+                most=worker.max_batch_tokens or 1,
+                settings=self._settings,
+            )
+        return known
+
+    def _estimate(self, view: NodeView, worker: WorkerView) -> Estimate:
+        estimate = Estimate(worker, self.pace_of(view, worker))
+        load, size = worker.load, worker.block_tokens
+        remaining, here = load.backlog_tokens, 0
+        rows: list[tuple[float, float, int]] = []
+        prompts = view.prompts(worker.id)
+        for prompt in prompts:
+            here += prompt.tokens
+            if not prompt.heard:
+                remaining += prompt.tokens
+            if prompt.demoted:
+                estimate.num_late += 1
+                continue
+            key, due = self._urgency(prompt.request, prompt.tokens, self.serial)
+            rows.append((key, due, prompt.tokens))
+        remaining = min(remaining, here)
+        rows.sort()
+        done = here - remaining  # the most urgent were computed first
+        total = 0
+        for key, due, tokens in rows:
+            part = min(done, tokens)
+            done -= part
+            total += tokens - part
+            estimate.keys.append(key)
+            estimate.dues.append(due)
+            estimate.sums.append(total)
+        estimate.remaining = remaining
+        growth = worker.decodes * view.cost.answer_tokens * 0.5
+        free = load.blocks_free - worker.promised_blocks
+        estimate.blocks_free = free - int((remaining + growth) // size)
+        if worker.assigned and (prompts or worker.decodes):
+            estimate.residual_until = worker.as_of + min(
+                estimate.pace.step, 2.0 * (worker.step_seconds or estimate.pace.step)
+            )
+        return estimate
