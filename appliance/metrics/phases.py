@@ -13,6 +13,7 @@ in it; windows slide by `step`. Within the stretch from one change to the next (
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from appliance.core.types import Record
 from appliance.metrics.outcome import Outcome
@@ -85,7 +86,7 @@ def recoveries(
 ) -> list[Recovery]:
     """What followed each change, in order; `end` is the end of the offered span."""
     ordered = sorted(changes)
-    stretches = zip(ordered, [*ordered[1:], end], strict=True)
+    stretches = pairwise([*ordered, end])
     return [
         _recovery(outcomes, change, until, threshold=threshold, width=width, step=step)
         for change, until in stretches

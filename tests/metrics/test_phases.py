@@ -40,6 +40,7 @@ def test_recovery_is_the_time_until_attainment_is_back() -> None:
     assert first.dip == pytest.approx(0.5)
     assert first.back == first.settled == first.seconds == pytest.approx(5.0)
     assert first.mean == pytest.approx(0.8)
+    assert recoveries(run, [], end=60) == []
     assert (second.dip, second.seconds, second.lowest, second.mean) == (None, 0.0, 1.0, 1.0)
 
 
