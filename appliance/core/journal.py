@@ -23,6 +23,7 @@ from appliance.core.messages import (
     Arrived,
     Assign,
     Cancelled,
+    Degrade,
     Ended,
     Event,
     Input,
@@ -212,7 +213,7 @@ class Journal:
             self._no_token.add(request_id)
         elif isinstance(output, Pull):
             ids[output.request.id] = None
-        elif isinstance(output, Migrate | Resume | Release):
+        elif isinstance(output, Migrate | Resume | Release | Degrade):
             ids[output.request_id] = None
         elif isinstance(output, Ended):
             ids[output.request_id] = None

@@ -3,6 +3,7 @@
 A request is demoted at most once and is served all the same; it is refused only while nothing of it
 was sent. Both are put on record with the reason."""
 
+from appliance.core.admission import retry_after
 from appliance.core.audit import Audit
 from appliance.core.lifecycle import RequestState
 from appliance.core.messages import Degrade
@@ -46,7 +47,13 @@ class Latecomers:
             raise PolicyMistake(f"late: request {late.id} is under way and cannot be refused")
         self._on_record("refuse", record, late, now, outcome="refused")
         self._state.totals.refused += 1
-        self._state.fail(record, now, kind=ErrorKind.BUDGET, message=late.reason)
+        self._state.fail(
+            record,
+            now,
+            kind=ErrorKind.BUDGET,
+            message=late.reason,
+            retry_after=retry_after(self._state),
+        )
 
     def _on_record(
         self, kind: str, record: RequestRecord, late: Late, now: float, *, outcome: str

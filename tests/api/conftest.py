@@ -25,6 +25,7 @@ from appliance.api.settings import ApiSettings
 from appliance.config import load
 from appliance.core.node_state import DispatcherConfig
 from appliance.core.profiles import KV_SLOT_BYTES
+from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, Slo, WorkerId, WorkerSpec
 from appliance.devices import plan_devices
 from appliance.live.checkpoint import open_checkpoint
@@ -62,7 +63,7 @@ def node_settings(**changes: Any) -> NodeSettings:
             WorkerSpec(id=WorkerId(index), devices=(f"paced:{index}",)) for index in range(workers)
         ),
         engine="paced",
-        profile="cpu",
+        profile=changes.pop("profile", "cpu"),
         pool=PoolPlan(
             entry="appliance.worker.main:run",
             weight_bytes=0,
@@ -83,10 +84,17 @@ class LiveServer:
     """A node and its HTTP surface on an ephemeral port of this machine."""
 
     def __init__(
-        self, settings: NodeSettings, api: ApiSettings, *, send_buffer: int | None = None
+        self,
+        settings: NodeSettings,
+        api: ApiSettings,
+        *,
+        send_buffer: int | None = None,
+        policy: Policy | None = None,
     ) -> None:
-        """`send_buffer` bounds what the kernel keeps for a client that does not read, in bytes."""
+        """`send_buffer` bounds what the kernel keeps for a client that does not read, in bytes.
+        `policy` stands in for the one that the settings name."""
         self._settings = settings
+        self._policy = policy or make_policy(settings.policy, {})
         self._send_buffer = send_buffer
         self._api = api
         preload = ["appliance.worker.torch_engine"] if settings.engine == "torch" else []
@@ -156,7 +164,7 @@ class LiveServer:
         node = Node(
             settings,
             text,
-            policy=make_policy(settings.policy, {}),
+            policy=self._policy,
             spawner=self._spawner,
             stderr=lambda line: None,
         )
@@ -178,9 +186,9 @@ class LiveServer:
 
 def start_server(api: ApiSettings | None = None, **changes: Any) -> LiveServer:
     """A server with these changes to its node."""
-    send_buffer = changes.pop("send_buffer", None)
+    send_buffer, policy = changes.pop("send_buffer", None), changes.pop("policy", None)
     api = api or ApiSettings(slo_classes=SLO_CLASSES)
-    return LiveServer(node_settings(**changes), api, send_buffer=send_buffer)
+    return LiveServer(node_settings(**changes), api, send_buffer=send_buffer, policy=policy)
 
 
 def start_scripted(directory: Path, api: ApiSettings | None = None) -> LiveServer:
