@@ -19,6 +19,9 @@ from appliance.config import (
     parse_assignment,
     parse_size,
 )
+from appliance.core.types import Slo
+from appliance.wiring import slo_class
+from appliance.workload.spec import class_slos, load_spec
 
 A, B = "a" * 64, "b" * 64
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +44,10 @@ def entry(**fields: str) -> str:
 
 KEY_EXAMPLE = re.compile(r"^# \[\[key\]\]\n(?:^# .*\n)+", re.MULTILINE)
 """An entry that is a comment, because without one there are no keys."""
+
+
+SLO_EXAMPLES = re.compile(r"^# \[slo\.chat\]\n(?:^#.*\n)+", re.MULTILINE)
+"""Classes that are comments, because without them there is only the default one."""
 
 
 def key_example(text: str) -> str:
@@ -84,6 +91,14 @@ def test_the_commented_file_lists_every_key_and_says_its_default() -> None:
 def test_the_example_of_a_key_says_the_defaults() -> None:
     (key,) = from_table(tomllib.loads(key_example(configuration.default_text()))).key
     assert key == KeySection(name="alice", sha256="0" * 64)
+
+
+def test_the_example_classes_are_those_of_the_workload_five() -> None:
+    example = SLO_EXAMPLES.search(configuration.default_text())[0]
+    text = re.sub(r"^# ?", "", example, flags=re.MULTILINE)
+    given = from_table(tomllib.loads(text)).slo
+    classes = {name: slo_class(name, section) for name, section in given.items()}
+    assert classes == {"default": Slo(), **class_slos(load_spec("five"))}
 
 
 def test_every_duration_and_size_names_its_unit() -> None:
