@@ -57,11 +57,9 @@ def fill_reserving(view: LocalView, budget_tokens: int, now: float) -> list[Gran
         free = view.total_blocks - sum(_peak_blocks(seq, view) for seq in view.running)
         for seq in view.waiting[: _free_slots(view)]:
             free -= _peak_blocks(seq, view)
-            if free < 0 and view.running:
+            if free < 0:  # never with nobody else here: no peak is more than the pool
                 break
             prefills.append(seq)
-            if free < 0:
-                break
     _spend(left, prefills, grants)
     return grants
 

@@ -15,6 +15,7 @@ from appliance.core.messages import (
     Arrived,
     Assign,
     Cancelled,
+    Degrade,
     Ended,
     Input,
     KvPulled,
@@ -149,6 +150,8 @@ class DispatchedNode(MovingNode):
                 self._count(f"answered {output.outcome.value}")
             case Decided():
                 self.decisions[output.decision] = output
+            case Degrade():
+                pass  # on record, nothing to carry out
             case Quarantine() | Reject():
                 raise AssertionError(f"said {output}")
             case _:

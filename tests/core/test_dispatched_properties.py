@@ -3,13 +3,14 @@ is late: every answer is that of an undisturbed run, all laws hold, nothing is l
 
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.core.lifecycle import WorkerState
-from appliance.core.slots import DispatchSlots
+from appliance.core.slots import DispatchSlots, Policy
 from appliance.core.types import BatcherConfig, ErrorKind, Role, WorkerId
 from appliance.policy import make_policy
 from tests.core.dispatched_node import DispatchedNode
@@ -17,7 +18,7 @@ from tests.core.moving_node import MovingNode
 from tests.core.moving_worker import MovingWorker
 from tests.core.test_batcher_properties import contrary
 from tests.core.test_moves_properties import MODEL_LEN, _task
-from tests.core.toy_worker import FCFS, paged
+from tests.core.toy_worker import FCFS, Task, paged
 
 ROLES = list(Role)
 LIKELY = [Role.PREFILL, Role.PREFILL, Role.DECODE, Role.DECODE, Role.MIXED]
@@ -31,7 +32,10 @@ def policy(*, controlled: bool, balanced: bool) -> DispatchSlots:
     return make_policy("fcfs", settings, roles=HASTY if controlled else None).dispatch
 
 
-def build(rng: random.Random, *, num_workers: int) -> DispatchedNode:
+def build(
+    rng: random.Random, *, num_workers: int, make: Callable[[], Policy] | None = None
+) -> DispatchedNode:
+    """A node of that size. `make`: the policy of all of it, else a drawn one."""
     size = rng.choice([2, 4])
     alone = -(-(MODEL_LEN - 1) // size)
     group = paged(alone * rng.choice([1, 2, 6]) + rng.randrange(alone), size)
@@ -44,6 +48,8 @@ def build(rng: random.Random, *, num_workers: int) -> DispatchedNode:
     )
     drops, checks = rng.random() < 0.5, rng.random() < 0.8
     policies = [FCFS if rng.random() < 0.6 else contrary(rng) for _ in range(3)]
+    if make is not None:
+        policies = [make().batch for _ in range(3)]
 
     def start(node: MovingNode, worker: WorkerId) -> MovingWorker:
         return MovingWorker(
@@ -60,6 +66,8 @@ def build(rng: random.Random, *, num_workers: int) -> DispatchedNode:
     controlled, balanced = rng.random() < 0.25, rng.random() < 0.25
 
     def slots() -> DispatchSlots:
+        if make is not None:
+            return make().dispatch
         return policy(controlled=controlled, balanced=balanced)
 
     roles = [rng.choice(LIKELY) for _ in range(num_workers)]
@@ -81,10 +89,18 @@ def build(rng: random.Random, *, num_workers: int) -> DispatchedNode:
 class Storm:
     """Everything at once, drawn by `rng`."""
 
-    def __init__(self, node: DispatchedNode, rng: random.Random, *, deaths: float) -> None:
+    def __init__(
+        self,
+        node: DispatchedNode,
+        rng: random.Random,
+        *,
+        deaths: float,
+        dress: Callable[[Task], Task],
+    ) -> None:
         self.node = node
         self.rng = rng
         self.deaths = deaths
+        self.dress = dress
         self.num_tasks = 0
 
     def act(self) -> None:
@@ -124,7 +140,7 @@ class Storm:
         elif node.can_start(worker):
             node.start(worker)
         elif draw < 0.2 and self.num_tasks < 60:
-            node.arrive(_task(rng, self.num_tasks, node.now))
+            node.arrive(self.dress(_task(rng, self.num_tasks, node.now)))
             self.num_tasks += 1
         elif draw < 0.22:
             self._ask(worker)
@@ -146,10 +162,17 @@ class Storm:
 
 
 def storm(
-    rng: random.Random, *, acts: int, deaths: float, poison: bool = False
+    rng: random.Random,
+    *,
+    acts: int,
+    deaths: float,
+    poison: bool = False,
+    make: Callable[[], Policy] | None = None,
+    dress: Callable[[Task], Task] = lambda task: task,
 ) -> tuple[DispatchedNode, Counter[str]]:
-    node = build(rng, num_workers=rng.choice([1, 2, 3, 3]))
-    weather = Storm(node, rng, deaths=deaths)
+    """A storm over a node with the policy of `make`; `dress` gives a task its budgets."""
+    node = build(rng, num_workers=rng.choice([1, 2, 3, 3]), make=make)
+    weather = Storm(node, rng, deaths=deaths, dress=dress)
     if poison:
         node.poison = rng.randrange(12)
     for _ in range(acts):

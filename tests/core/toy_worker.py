@@ -38,6 +38,7 @@ from appliance.core.types import (
     RequestId,
     SeqResult,
     SeqWork,
+    Slo,
     StepPlan,
     StepResult,
     WorkerId,
@@ -46,6 +47,7 @@ from appliance.policy.parts import fill_fcfs, victim_latest
 
 WORKER = WorkerId(0)
 FCFS = BatchSlots(victim=victim_latest, fill=fill_fcfs)
+PLAIN = Slo()
 VOCABULARY = 50
 _MASK = (1 << 64) - 1
 
@@ -69,6 +71,8 @@ class Task:
     stop_every: int = 0
     group: int | None = None
     arrived: float = 0.0
+    slo: Slo = PLAIN
+    priority: int = 0
 
     def draw(self, content: int) -> tuple[int, bool]:
         """The next token after known tokens of this content, and whether it stops the answer."""
@@ -201,6 +205,8 @@ def request_of_task(task: Task, emitted: Sequence[int], block_tokens: int) -> Re
         max_tokens=task.max_tokens,
         prefix_hashes=tuple(block_hashes(contents_of([*task.prompt, *emitted]), block_tokens)),
         group=None if task.group is None else RequestId(task.group),
+        slo=task.slo,
+        priority=task.priority,
     )
 
 

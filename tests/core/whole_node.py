@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from appliance.core.asks import Decided
 from appliance.core.batcher import Batcher
 from appliance.core.dispatcher import Dispatcher, DispatcherConfig
 from appliance.core.invariants import BatchWatch
@@ -23,6 +24,7 @@ from appliance.core.messages import (
     Assign,
     Cancelled,
     Command,
+    Degrade,
     Ended,
     Input,
     Output,
@@ -39,7 +41,6 @@ from appliance.core.types import (
     BatcherConfig,
     CacheGroupSpec,
     FinishReason,
-    Request,
     RequestId,
     SeqResult,
     StepPlan,
@@ -47,7 +48,7 @@ from appliance.core.types import (
     WorkerId,
     WorkerSpec,
 )
-from tests.core.toy_worker import Task, ToyEngine, block_hashes, contents_of
+from tests.core.toy_worker import Task, ToyEngine, block_hashes, contents_of, request_of_task
 
 LATENCY = 0.001
 START_SECONDS = 0.03
@@ -252,6 +253,8 @@ class WholeNode:
                 self.ended[request_id] = output
             case Reject(request_id=request_id):
                 self.rejected.add(request_id)
+            case Decided() | Degrade():
+                pass  # on record, nothing to carry out
             case _:
                 raise AssertionError(f"said {output}")
 
@@ -302,16 +305,8 @@ class WholeNode:
         number = RequestId(task.id)
         self.tasks[number] = task
         self.tokens[number] = []
-        hashes = block_hashes(contents_of(task.prompt), self.setting.groups[0].block_tokens)
-        request = Request(
-            id=number,
-            arrived=self.now,
-            prompt_tokens=len(task.prompt),
-            max_tokens=task.max_tokens,
-            prefix_hashes=tuple(hashes),
-            group=None if task.group is None else RequestId(task.group),
-        )
-        self.hear(Arrived(request=request))
+        request = request_of_task(task, (), self.setting.groups[0].block_tokens)
+        self.hear(Arrived(request=replace(request, arrived=self.now)))
 
     def _cancel(self, number: RequestId) -> None:
         self.hear(Cancelled(request_id=number))
