@@ -88,7 +88,7 @@ class AnswerLengths:
         width = sums[bucket + 1] - sums[bucket]
         share = (wanted - sums[bucket]) / width if width > 0.0 else 0.0
         length = _EDGES[bucket] * exp(share * log(2.0) / _PER_OCTAVE)
-        return max(emitted + 1.0, length)
+        return float(max(emitted + 1.0, length))
 
     def _sums_of(self, class_name: str) -> list[float]:
         """Running sums over the buckets, beginning with 0; never all zero."""

@@ -1,19 +1,19 @@
 """What work costs on this node, learnt from what its workers report.
 
-A first, honest model with three means per node and one per worker, each an exponential average::
+How long a step lasts is the matter of `appliance.core.step_model` (one model for all workers of the
+node), how long answers are of `appliance.core.answer_lengths`. Beside them stand means, each an
+exponential average::
 
     seconds of a step           per worker, of all its steps
     seconds of a decode step    of steps that computed no prefill
-    seconds per prefill token   (step seconds - decode step seconds) / prefill tokens
     tokens of an answer         of answers that ended
     seconds of a copy           beside its bytes over the speed of the link
 
-It answers how much work waits at a worker (placement), how long the backlog lasts
-(`Retry-After`), what a role would have to do (`appliance.policy.role_control`), and whether cached
-blocks are cheaper copied than computed. A sequence in decode costs its share of the steps of a full
-batch. Before
-anything was observed the model answers with its priors, so that an order between workers always
-exists."""
+They answer how much work waits at a worker (placement), how long the backlog lasts (`Retry-After`),
+what a role would have to do (`appliance.policy.role_control`), and whether cached blocks are
+cheaper copied than computed. A prompt costs what it adds to steps that are long anyway; a sequence
+in decode costs its share of the steps of a full batch. Before anything was observed the model
+answers with its priors, so that an order between workers always exists."""
 
 from collections.abc import Iterable
 
@@ -34,7 +34,6 @@ class CostModel:
     def __init__(
         self,
         *,
-        prefill_token_seconds: float = 1e-4,
         decode_step_seconds: float = 0.02,
         answer_tokens: float = 64.0,
         copy_overhead_seconds: float = 1e-3,
@@ -47,7 +46,6 @@ class CostModel:
         """How long a step lasts, learnt from all workers of the node."""
         self.lengths = AnswerLengths()
         """How long answers are, by class; whoever ends an answer tells it."""
-        self._prefill_token = prefill_token_seconds
         self._decode_step = decode_step_seconds
         self._answer = answer_tokens
         self._copy_overhead = copy_overhead_seconds
@@ -69,11 +67,7 @@ class CostModel:
         self._of_worker[report.worker] = (
             elapsed if mean is None else mean + weight * (elapsed - mean)
         )
-        if report.prefill_tokens:
-            decode = self._decode_step if report.decode_tokens else 0.0
-            per_token = max(0.0, elapsed - decode) / report.prefill_tokens
-            self._prefill_token += weight * (per_token - self._prefill_token)
-        elif report.decode_tokens:
+        if report.decode_tokens and not report.prefill_tokens:
             self._decode_step += weight * (elapsed - self._decode_step)
         for end in report.finished:
             self._answer += weight * (end.emitted_tokens - self._answer)
@@ -110,9 +104,9 @@ class CostModel:
         return self.steps.tail
 
     def prefill_seconds(self, num_tokens: int, *, prefix_tokens: int = 0) -> float:
-        """Computing the KV of that many tokens, which come after `prefix_tokens` others."""
-        del prefix_tokens
-        return num_tokens * self._prefill_token
+        """Computing the KV of that many tokens, which come after `prefix_tokens` others: what it
+        adds to steps that are long anyway."""
+        return self.steps.added_seconds(num_tokens, prefix_tokens=prefix_tokens)
 
     def decode_seconds(self, max_num_seqs: int) -> float:
         """A whole answer's share of the steps of a full batch."""

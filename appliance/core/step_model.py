@@ -12,13 +12,10 @@ it right for a device that is bound by arithmetic in one step and by memory traf
 device where costs add up has one plane twice. The model is monotone in each count, and its inverse
 is the root of a quadratic.
 
-Fitting. Steps are gathered in *cells* (counts alike up to a factor of two or four); a cell keeps
-the mean of its recent steps, so a thousand decode steps do not wash away what one long prompt has
-taught. Each plane is the weighted least squares of relative errors over the cells in which it is
-the larger one, non-negative by coordinate descent on the normal equations, which are kept up to
-date cell by cell: a step changes one, looks at an old one again, and costs the same however many
-there are. Before there are steps, cells of a guess (or of a measured profile) stand in; their
-weight fades.
+Fitting (`appliance.core.step_fit`). Steps with like counts are gathered in cells, so a thousand
+decode steps do not wash away what one long prompt has taught. Each plane is a least squares of
+relative errors over the cells in which it is the larger one, and never negative. Before there are
+steps, cells of a guess (or of a measured profile) stand in, and fade.
 
 A device that becomes slower altogether (a lower clock, a busy neighbour) moves the one factor `s`,
 which follows within tens of steps and leaves the shape alone.
@@ -29,25 +26,17 @@ steps with prefill. Policies steer by the tail, never by the mean.
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
 from math import exp, log, sqrt
 
+from appliance.core.step_fit import Row, StepFit
 from appliance.core.types import Record
 
-Row = tuple[float, float, float, float, float]
-"""1, prompt tokens, pairs, decodes, KV tokens read; or a coefficient for each."""
-
-_SCALES: Row = (1.0, 256.0, 131072.0, 32.0, 32768.0)
-"""Usual counts, so that coordinate descent sees numbers of one size."""
-_WINDOW = 20.0
-"""Steps that a cell remembers."""
-_HALF_LIFE = 4000.0
-"""Steps until a cell that is not seen counts half."""
-_GUESS_HALF_LIFE = 60.0
-_LEAST_WEIGHT = 1e-3
-_ALWAYS = 256
-"""So many first steps are all fitted, then one in `_EVERY`."""
-_EVERY = 4
+_FOLLOWING = 0.03
+"""Weight of a step in what is usual now."""
+_NOTABLE = 0.06
+"""Change (logarithm) that moves the factor; less is left to the cells."""
+_LEAST_CLIP = 0.3
+"""A single step counts as longer or shorter than usual by this much at least (logarithm)."""
 _REMEMBERED = 200
 """Numbers of which a quantile is taken."""
 
@@ -60,6 +49,19 @@ class StepCoefficients(Record, frozen=True, kw_only=True):
     planes: tuple[Row, Row]
     tail_decode: float = 1.0
     tail_prefill: float = 1.0
+
+
+class Seen(Record, frozen=True, kw_only=True):
+    """Mean counts and seconds of steps that were alike, and what the model says of them."""
+
+    prefill_tokens: float
+    prefill_pairs: float
+    decodes: float
+    kv_tokens: float
+    seconds: float
+    num_steps: int
+    """At most the last twenty."""
+    predicted: float
 
 
 class PredictionError(Record, frozen=True, kw_only=True):
@@ -76,65 +78,6 @@ GUESS = StepCoefficients(
     tail_prefill=1.1,
 )
 """The shape before anything is known; the first step says how large it is."""
-
-
-class _Cell:
-    """Steps with like counts: means over the recent ones. Seconds are free of the factor `s`."""
-
-    __slots__ = ("count", "guessed", "owner", "row", "seconds", "seen_at", "share")
-
-    def __init__(self, row: Row, seconds: float, *, count: float, seen_at: int) -> None:
-        self.row = row
-        self.seconds = seconds
-        self.count = count
-        self.seen_at = seen_at
-        self.guessed = False
-        self.owner = -1
-        """The plane in whose equations it is; -1: in none."""
-        self.share: tuple[float, Row] = (0.0, row)
-        """Its weight and its row (scaled, per second) there."""
-
-
-class _Plane:
-    """Coefficients (of scaled counts) and the normal equations they solve."""
-
-    __slots__ = ("gram", "k", "sums")
-
-    def __init__(self, k: Sequence[float]) -> None:
-        self.k = list(k)
-        self.gram = [[0.0] * 5 for _ in range(5)]
-        self.sums = [0.0] * 5
-
-    def add(self, weight: float, row: Row) -> None:
-        """Take in (or, with a negative weight, out) a row whose value should be 1."""
-        a, b, c, d, e = row
-        for index, value in enumerate(row):
-            if value:
-                part = weight * value
-                line = self.gram[index]
-                line[0] += part * a
-                line[1] += part * b
-                line[2] += part * c
-                line[3] += part * d
-                line[4] += part * e
-                self.sums[index] += part
-
-    def descend(self) -> None:
-        """One round of coordinate descent."""
-        k = self.k
-        for index, line in enumerate(self.gram):
-            most = line[index]
-            if most > 1e-12:
-                a, b, c, d, e = line
-                got = a * k[0] + b * k[1] + c * k[2] + d * k[3] + e * k[4]
-                wanted = k[index] + (self.sums[index] - got) / most
-                k[index] = wanted if wanted > 0.0 else 0.0
-
-    def value(self, row: Row) -> float:
-        """Of a scaled row."""
-        a, b, c, d, e = row
-        k = self.k
-        return a * k[0] + b * k[1] + c * k[2] + d * k[3] + e * k[4]
 
 
 class _Quantile:
@@ -166,21 +109,15 @@ class StepModel:
         """`start`: what a profile found; None: a guess, whose size the first step corrects."""
         known = GUESS if start is None else start
         self._is_guess = start is None
-        self._planes = tuple(
-            _Plane([k * scale for k, scale in zip(plane, _SCALES, strict=True)])
-            for plane in known.planes
-        )
+        self._fit = StepFit(known.planes, trust=0.1 if start is None else 2.0)
         self._factor = 1.0
         self._bias = 0.0
-        self._cells: dict[int, _Cell] = {}
-        self._order: list[_Cell] = []
-        self._next = 0
+        self._spread = 0.3
         self._num = 0
         self._mean_error = 0.0
         self._large_error = _Quantile(0.0)
         self._tails = (_Quantile(known.tail_decode), _Quantile(known.tail_prefill))
-        self._k = (*known.planes[0], *known.planes[1])
-        self._stand_in()
+        self._k: tuple[float, ...] = (*known.planes[0], *known.planes[1])
 
     # --- learning -------------------------------------------------------------------------------
 
@@ -193,18 +130,16 @@ class StepModel:
         context_tokens: int,
         elapsed: float,
     ) -> None:
-        """Learn from one step: prompt tokens computed, pairs of them with what they attend to,
-        sequences in decode, tokens of their context, seconds."""
+        """Learn from one step: prompt tokens computed, pairs of them with what they attend to (0:
+        not known, taken for one prompt from its beginning), sequences in decode, tokens of their
+        context, seconds."""
         n = prefill_tokens
         if elapsed <= 0.0 or not (n or decodes):
             return
-        prefix = max(0.0, prefill_pairs / n - (n + 1) / 2) if n else 0.0
-        row = (1.0, n, prefill_pairs, decodes, context_tokens + prefix)
-        k = self._k
-        predicted = max(
-            k[0] + k[1] * n + k[2] * prefill_pairs + k[3] * decodes + k[4] * row[4],
-            k[5] + k[6] * n + k[7] * prefill_pairs + k[8] * decodes + k[9] * row[4],
-        )
+        pairs = prefill_pairs or n * (n + 1) / 2
+        prefix = max(0.0, pairs / n - (n + 1) / 2) if n else 0.0
+        row = (1.0, n, pairs, decodes, context_tokens + prefix)
+        predicted = self._of(n, pairs, decodes, row[4])
         ratio = elapsed / predicted
         if self._num == 0 and self._is_guess:
             self._factor *= ratio
@@ -212,11 +147,15 @@ class StepModel:
         else:
             self._judge(ratio, with_prefill=n > 0)
         self._num += 1
-        ratio = min(3.0, max(1 / 3, ratio))
-        self._follow(ratio)
-        cell = self._gather(row, prefix, ratio * predicted / self._factor)
-        if self._num <= _ALWAYS or self._num % _EVERY == 0:
-            self._fit(cell)
+        change = log(ratio)
+        most = max(_LEAST_CLIP, 3.0 * self._spread)
+        self._spread += 0.05 * (min(abs(change), 2.0 * most) - self._spread)
+        self._follow(max(-most, min(most, change)))
+        factor = self._factor
+        if self._fit.learn(
+            row, prefix, elapsed / factor, expected=predicted / factor, most=1.0 + most
+        ):
+            self._publish()
 
     def _judge(self, ratio: float, *, with_prefill: bool) -> None:
         """How good the prediction was."""
@@ -226,97 +165,20 @@ class StepModel:
         self._large_error.add(error)
         self._tails[with_prefill].add(ratio)
 
-    def _follow(self, ratio: float) -> None:
-        """Move the factor when steps of all kinds have become longer or shorter."""
-        self._bias += max(0.05, 0.5 / self._num) * (log(ratio) - self._bias)
-        if abs(self._bias) > 0.1:
+    def _follow(self, change: float) -> None:
+        """Move the factor when steps of all kinds have become longer or shorter, by more than
+        noise would explain."""
+        self._bias += max(_FOLLOWING, 0.5 / self._num) * (change - self._bias)
+        if abs(self._bias) > max(_NOTABLE, 0.7 * self._spread):
             self._factor *= exp(self._bias)
             self._bias = 0.0
             self._publish()
 
-    def _gather(self, row: Row, prefix: float, seconds: float) -> _Cell:
-        """Put a step into its cell."""
-        _, n, _, decodes, read = row
-        mean = int(read) // int(decodes) if decodes else 0
-        key = int(n).bit_length() << 18 | int(decodes).bit_length() << 12
-        key |= (int(prefix).bit_length() + 1) // 2 << 6 | (mean.bit_length() + 1) // 2
-        cell = self._cells.get(key)
-        if cell is None:
-            cell = self._cells[key] = _Cell(row, seconds, count=1.0, seen_at=self._num)
-            self._order.append(cell)
-            return cell
-        if cell.guessed:
-            cell.guessed = False
-            cell.row, cell.seconds, cell.count = row, seconds, 1.0
-        else:
-            cell.count = count = min(_WINDOW, cell.count + 1.0)
-            old = cell.row
-            rate = 1.0 / count
-            cell.row = (
-                1.0,
-                old[1] + rate * (n - old[1]),
-                old[2] + rate * (row[2] - old[2]),
-                old[3] + rate * (decodes - old[3]),
-                old[4] + rate * (read - old[4]),
-            )
-            cell.seconds += rate * (seconds - cell.seconds)
-        cell.seen_at = self._num
-        return cell
-
-    def _fit(self, cell: _Cell) -> None:
-        self._place(cell)
-        self._next = (self._next + 1) % len(self._order)
-        self._place(self._order[self._next])
-        for plane in self._planes:
-            plane.descend()
-        self._publish()
-
-    def _place(self, cell: _Cell) -> None:
-        """Bring a cell up to date in the equations of the plane that is the larger one there."""
-        if cell.owner >= 0:
-            weight, row = cell.share
-            self._planes[cell.owner].add(-weight, row)
-        _, b, c, d, e = cell.row
-        per = 1.0 / cell.seconds
-        row = (
-            per,
-            b * per / _SCALES[1],
-            c * per / _SCALES[2],
-            d * per / _SCALES[3],
-            e * per / _SCALES[4],
-        )
-        half_life = _GUESS_HALF_LIFE if cell.guessed else _HALF_LIFE
-        age = (self._num - cell.seen_at) / half_life
-        weight = max(_LEAST_WEIGHT, cell.count * 0.5**age)
-        first, second = self._planes
-        cell.owner = 1 if second.value(row) > first.value(row) else 0
-        cell.share = (weight, row)
-        self._planes[cell.owner].add(weight, row)
-
-    def _stand_in(self) -> None:
-        """Cells of the coefficients the model begins with."""
-        for n, prefix, decodes, mean in _grid():
-            pairs = n * prefix + n * (n + 1) / 2
-            row = (1.0, n, pairs, decodes, decodes * mean + prefix)
-            seconds = self.seconds(
-                prefill_tokens=n,
-                prefix_tokens=prefix,
-                decodes=decodes,
-                context_tokens=decodes * mean,
-            )
-            cell = self._gather(row, prefix, seconds)
-            cell.guessed = True
-            cell.count = 0.1 if self._is_guess else 2.0
-            self._place(cell)
-
     def _publish(self) -> None:
         """The coefficients that predictions use."""
-        factor, (first, second) = self._factor, self._planes
-        scales = [factor / scale for scale in _SCALES]
-        self._k = (
-            *(k * scale for k, scale in zip(first.k, scales, strict=True)),
-            *(k * scale for k, scale in zip(second.k, scales, strict=True)),
-        )
+        first, second = self._fit.coefficients
+        factor = self._factor
+        self._k = (*(k * factor for k in first), *(k * factor for k in second))
 
     # --- predicting -----------------------------------------------------------------------------
 
@@ -335,10 +197,7 @@ class StepModel:
         if n:
             pairs = n * (prefix_tokens + 0.5 * (n + 1))
             read += prefix_tokens
-        k = self._k
-        one = k[0] + k[1] * n + k[2] * pairs + k[3] * decodes + k[4] * read
-        two = k[5] + k[6] * n + k[7] * pairs + k[8] * decodes + k[9] * read
-        return one if one > two else two
+        return self._of(n, pairs, decodes, read)
 
     def tail_seconds(
         self,
@@ -423,6 +282,13 @@ class StepModel:
         ]
         return total + _sum_of_larger(lines[0], lines[1], full)
 
+    def added_seconds(self, num_tokens: int, *, prefix_tokens: int = 0) -> float:
+        """What computing so many prompt tokens after `prefix_tokens` adds to steps that are long
+        anyway: the arithmetic alone, without what every step costs."""
+        pairs = num_tokens * (prefix_tokens + 0.5 * (num_tokens + 1))
+        k = self._k
+        return max(k[1] * num_tokens + k[2] * pairs, k[6] * num_tokens + k[7] * pairs)
+
     @property
     def tail(self) -> float:
         """Factor from the expected to the tail duration of a step with prefill."""
@@ -450,14 +316,30 @@ class StepModel:
         )
 
     def settle(self, rounds: int = 100) -> None:
-        """Fit until nothing moves, without the stand-ins: for profiles, not for serving."""
-        for _ in range(rounds):
-            for cell in self._order:
-                self._place(cell)
-            for plane in self._planes:
-                for _ in range(5):
-                    plane.descend()
+        """Fit what was seen until nothing moves: for profiles; it takes milliseconds."""
+        self._fit.settle(rounds)
         self._publish()
+
+    def seen(self) -> list[Seen]:
+        """What was learnt from: steps with like counts, together."""
+        return [
+            Seen(
+                prefill_tokens=n,
+                prefill_pairs=pairs,
+                decodes=decodes,
+                kv_tokens=read,
+                seconds=seconds * self._factor,
+                num_steps=count,
+                predicted=self._of(n, pairs, decodes, read),
+            )
+            for (_, n, pairs, decodes, read), seconds, count in self._fit.seen()
+        ]
+
+    def _of(self, n: float, pairs: float, decodes: float, read: float) -> float:
+        k = self._k
+        one = k[0] + k[1] * n + k[2] * pairs + k[3] * decodes + k[4] * read
+        two = k[5] + k[6] * n + k[7] * pairs + k[8] * decodes + k[9] * read
+        return one if one > two else two
 
 
 def _sum_of_larger(one: tuple[float, float], two: tuple[float, float], count: int) -> float:
@@ -471,15 +353,3 @@ def _sum_of_larger(one: tuple[float, float], two: tuple[float, float], count: in
     before = u * turn + v * turn * (turn - 1) / 2
     rest = count * (count - 1) / 2 - turn * (turn - 1) / 2
     return before + x * (count - turn) + y * rest
-
-
-def _grid() -> list[tuple[int, int, int, int]]:
-    """Counts that stand for all: prompt tokens, prefix, decodes, mean context."""
-    decoding = [(0, 0, b, mean) for b in (1, 8, 64, 256) for mean in (64, 1024, 8192)]
-    prefilling = [
-        (n, prefix, b, 1024 if b else 0)
-        for n in (1, 16, 64, 256, 1024, 4096)
-        for prefix in (0, 4096)
-        for b in (0, 8, 128)
-    ]
-    return decoding + prefilling
