@@ -72,7 +72,11 @@ def test_one_request_one_command_one_end() -> None:
     node.step(0, [1], counts=[3])
     assert node.core.emitted_tokens(RequestId(1)) == 4
     (end,) = node.step(0, [1], finished=[1])
-    assert end == Ended(request_id=RequestId(1), reason=FinishReason.STOP, cached_tokens=3)
+    assert isinstance(end, Ended)
+    assert (end.request_id, end.reason, end.error) == (1, FinishReason.STOP, None)
+    assert end.cached_tokens == 3
+    assert end.times is not None
+    assert end.times.workers == (0,)
     assert node.core.request_state(RequestId(1)) is None
     assert node.core.num_live == 0
 
