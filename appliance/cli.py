@@ -70,6 +70,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         from appliance.bench.command import main as bench
 
         return bench(given[1:])
+    if given[:1] == ["profile"]:
+        from appliance.profiling import main as profile
+
+        return profile(given[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     timeline.reached("python")
@@ -125,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--admin", action="store_true", help="it opens the admin routes")
     commands.add_parser("simulate", help="try policies on a machine that is not here")
     commands.add_parser("bench", help="offer a workload to a server and score its answers")
+    commands.add_parser("profile", help="measure how long steps last on a device")
     commands.add_parser("config", help="print the commented default configuration")
     return parser
 

@@ -52,6 +52,7 @@ class DevicesSection(Section, frozen=True, kw_only=True):
 
     spec: str = "auto"
     threads: Positive | Auto = "auto"
+    cost_profile: str = ""
 
 
 class EngineSection(Section, frozen=True, kw_only=True):

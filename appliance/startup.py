@@ -24,7 +24,9 @@ from appliance.core.kv_layout import INDEX_ENTRY_BYTES, INDEX_HEADER_BYTES, pool
 from appliance.core.model_shape import PAGE_BYTES, DType, parse_dtype, slab_bytes
 from appliance.core.profiles import KV_SLOT_BYTES, device_profile
 from appliance.core.slots import Policy
+from appliance.core.step_model import StepCoefficients
 from appliance.core.types import BatcherConfig, Record
+from appliance.cost_profile import load_coefficients
 from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
@@ -92,6 +94,8 @@ class Plan(Record, frozen=True, kw_only=True):
     """Blocks of each worker's host tier."""
     notes: tuple[str, ...] = ()
     """What the operator should know of how "auto" was decided."""
+    steps: StepCoefficients | None = None
+    """How long steps last, from `devices.cost_profile`; None: to be learnt."""
 
 
 def plan_kernels(config: Config, devices: DevicePlan) -> Kernels:
@@ -167,6 +171,7 @@ def make_plan(
         policy=policy,
         host_blocks=host_blocks,
         notes=tuple(notes),
+        steps=load_coefficients(config.devices.cost_profile),
     )
     _check_memory(plan)
     return plan

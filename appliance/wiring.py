@@ -83,6 +83,7 @@ def dispatcher_config(plan: Plan) -> DispatcherConfig:
         prefix_pull=transfer.prefix_pull and plan.config.kv.prefix_cache,
         pull_gain=transfer.pull_gain,
         block_bytes=plan.memory.block,
+        steps=plan.steps,
         drain_seconds=roles.drain_seconds,
         wind_down=roles.wind_down,
         flip_seconds=roles.flip_seconds,

@@ -86,7 +86,7 @@ class Dispatcher:
     ) -> None:
         """`validate` checks the laws after every message (for tests and `--validate`). Raises
         `ValueError` without workers or with two of the same id."""
-        self._state = NodeState(config, workers=workers, cost=cost or CostModel())
+        self._state = NodeState(config, workers=workers, cost=cost or CostModel(steps=config.steps))
         self._policy = policy
         self._life = LifeKeeper(self._state)
         self._isolation = Isolation(self._state)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from appliance.core.step_model import StepCoefficients
 from appliance.core.types import Record, WorkerSpec
 
 
@@ -55,6 +56,8 @@ class DispatcherConfig(Record, frozen=True, kw_only=True):
     """A worker that still has work by then is not parked."""
     spares: tuple[WorkerSpec, ...] = ()
     """Workers that the controller may start when those there are do not suffice."""
+    steps: StepCoefficients | None = None
+    """What a profile found about the duration of steps; None: they are learnt from the first."""
     prefix_pull: bool = True
     """Copy cached blocks from a peer when that is predicted to be cheaper than computing them."""
     block_bytes: int = 0

@@ -82,6 +82,7 @@ class NodeSettings(Record, frozen=True, kw_only=True):
             threads=self.threads,
             native=self.native,
             heartbeat_seconds=self.heartbeat_seconds,
+            steps=self.dispatcher.steps,
             faults=self.faults,
             validate=self.validate,
             log_level=self.log_level,
