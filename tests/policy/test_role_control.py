@@ -4,13 +4,15 @@ import random
 from collections.abc import Callable
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from appliance.core.asks import Decided
 from appliance.core.types import Role, Slo, WorkerId
 from appliance.core.view import Targets
 from appliance.policy import PolicySettingsError, make_policy
-from appliance.policy.role_control import Division, Load, RoleSettings, pressure
+from appliance.policy.demand import Division, Load, pressure
+from appliance.policy.role_settings import RoleSettings
 from tests.policy.virtual_node import Mix, VirtualNode
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
@@ -19,16 +21,27 @@ STARTS = {"mixed": [M] * 4, "even": [P, P, D, D], "one for prompts": [P, D, D, D
 DEFAULT = RoleSettings()
 
 
-def load(*, prefill: float, decode: float, tpot: float | None = None, answer: float = 1e15) -> Load:
+def load(
+    *,
+    prefill: float,
+    decode: float,
+    tpot: float | None = None,
+    answer: float = 1e15,
+    chunk: int = 512,
+) -> Load:
+    """Workers kept busy by prompts and by answers: 0.0002 s a prompt token, 0.02 s a step of at
+    most 100 sequences."""
+    full = 512 * 0.0002 + 0.02
     return Load(
-        prefill=prefill,
-        decode=decode,
-        prompt_seconds=0.1,
-        backlog_seconds=0.0,
-        step_seconds=0.02,
-        chunk_seconds=0.1,
-        run=1.0,
+        prompt_rate=prefill * 512 / full,
+        token_rate=decode * 100 / 0.02,
+        prompt_tokens=512.0,
+        context_tokens=0.0,
         answer_tokens=answer,
+        planes=((0.02, 0.0002, 0.0, 0.0, 0.0),) * 2,
+        max_batch_tokens=512,
+        max_num_seqs=100,
+        chunk=chunk,
         targets=Targets(tpot=tpot),
     )
 
@@ -38,9 +51,27 @@ def split(prefill: int, decode: int, mixed: int = 0) -> Division:
 
 
 def test_the_fullest_phase_is_the_pressure() -> None:
+    assert load(prefill=1.0, decode=1.6).prefill == pytest.approx(1.0)
+    assert load(prefill=1.0, decode=1.6).decode == pytest.approx(1.6)
     assert pressure(split(2, 2), load(prefill=1.0, decode=1.6)).worst == pytest.approx(0.8)
     assert pressure(split(1, 3), load(prefill=1.0, decode=1.6)).worst == pytest.approx(1.0)
-    assert pressure(split(1, 2, 1), load(prefill=1.0, decode=1.6)).worst == pytest.approx(0.65)
+
+
+def test_a_mixed_worker_shares_what_every_step_costs_between_both_phases() -> None:
+    work = load(prefill=1.0, decode=1.6)
+    mixed = pressure(split(0, 0, 4), work).worst
+    assert 1.0 / 4 < mixed < (1.0 + 1.6) / 4, "its steps have one overhead for both"
+    assert mixed <= pressure(split(1, 2, 1), work).worst < pressure(split(1, 3), work).worst
+
+
+def test_what_a_worker_can_decode_is_bounded_by_the_tightest_time_per_token() -> None:
+    bounds = [load(prefill=0.0, decode=1.0, tpot=tpot).full_batch for tpot in (None, 0.05)]
+    assert bounds == [100.0, 100.0], "here a step takes as long whatever its batch"
+    grows = msgspec.structs.replace(
+        load(prefill=0.0, decode=1.0, tpot=0.03), planes=((0.02, 0.0, 0.0, 0.0002, 0.0),) * 2
+    )
+    assert grows.full_batch == pytest.approx(50.0)
+    assert grows.decode == pytest.approx(5000.0 * 0.03 / 50)
 
 
 def test_a_phase_without_workers_is_served_by_the_others_as_if_mixed() -> None:
@@ -51,9 +82,17 @@ def test_a_phase_without_workers_is_served_by_the_others_as_if_mixed() -> None:
 
 def test_prompts_beside_decodes_lengthen_the_steps_of_mixed_workers_only() -> None:
     work = load(prefill=2.4, decode=0.2, tpot=0.05)
-    assert pressure(split(0, 0, 4), work).worst == pytest.approx(1.0)
+    assert pressure(split(0, 0, 4), work).per_token > 0.8
     assert pressure(split(3, 1), work).worst == pytest.approx(0.8)
     assert pressure(split(3, 1), work).per_token == pytest.approx(0.4)
+
+
+def test_where_the_policy_fits_prompts_into_the_slack_mixed_workers_do_as_well() -> None:
+    bursts = load(prefill=2.0, decode=0.4, tpot=0.05, answer=8.0)
+    fitted = load(prefill=2.0, decode=0.4, tpot=0.05, answer=8.0, chunk=0)
+    assert pressure(split(0, 0, 4), bursts).per_token > 1.0
+    assert pressure(split(0, 0, 4), fitted).per_token < 1.0
+    assert pressure(split(3, 1), bursts).worst == pressure(split(3, 1), fitted).worst
 
 
 def test_short_answers_are_judged_by_a_tail_and_not_by_the_mean() -> None:
@@ -63,9 +102,14 @@ def test_short_answers_are_judged_by_a_tail_and_not_by_the_mean() -> None:
         for length in lengths
     ]
     assert gaps == sorted(gaps)
-    assert gaps[0] == pytest.approx(0.02 / 0.6 / 0.05)
     assert gaps[-1] > 1.4 * gaps[0]
-    assert gaps[-1] <= (0.02 + 0.1) / 0.05
+    assert gaps[-1] <= (0.02 + 512 * 0.0002) / 0.05
+
+
+def test_a_load_that_nothing_can_bear_is_a_number_and_no_loop() -> None:
+    assert pressure(split(0, 0, 1), load(prefill=1e6, decode=1e6, tpot=0.001)).worst >= 50.0
+    assert pressure(split(0, 0, 0), load(prefill=1.0, decode=1.0)).worst == 0.0
+    assert pressure(split(0, 0, 2), load(prefill=0.0, decode=0.0)).worst == 0.0
 
 
 def test_R20_a_setting_it_does_not_have_is_refused_by_name() -> None:
@@ -158,7 +202,7 @@ def test_every_decision_is_on_record_and_a_no_only_when_its_reason_changes() -> 
         assert each.by == "controller"
         assert {"pressure", "pressure_after", "prefill_load", "decode_load"} <= set(each.prediction)
         assert each.cost > 0
-        assert "bottleneck" in each.trigger or "load is low" in each.trigger
+        assert "bottleneck" in each.trigger or "mixed workers do" in each.trigger
     ended = {each.decision: each.outcome for each in flips}
     assert all(outcome.startswith("done") for outcome in ended.values()), ended
     noes = [each for each in decided if each.kind == "none"]

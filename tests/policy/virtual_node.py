@@ -6,7 +6,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from appliance.core.asks import Decided
 from appliance.core.dispatcher import Dispatcher, DispatcherConfig
+from appliance.core.lifecycle import WorkerState
 from appliance.core.messages import (
     Abort,
     Aborted,
@@ -19,6 +21,7 @@ from appliance.core.messages import (
     LinkUp,
     Migrate,
     Output,
+    Park,
     Prefilled,
     Pull,
     Reject,
@@ -31,6 +34,7 @@ from appliance.core.messages import (
     SetRole,
     StartWorker,
     StepReported,
+    Wake,
     Woke,
     WorkerUp,
 )
@@ -48,7 +52,7 @@ from appliance.core.types import (
 )
 from appliance.policy import make_policy
 
-LATENCY, COPY = 0.001, 0.005
+LATENCY, COPY, START = 0.001, 0.005, 3.0
 BASE, PER_PROMPT_TOKEN, PER_DECODE = 0.02, 0.0002, 0.0002
 MAX_NUM_SEQS, MAX_BATCH_TOKENS = 32, 512
 GROUP = CacheGroupSpec(num_blocks=100_000, block_tokens=16)
@@ -63,6 +67,7 @@ class Seq:
     emitted: int
     length: int
     move: Migrate | None = None
+    computed: int = 0
 
 
 @dataclass
@@ -106,6 +111,8 @@ class VirtualWorker:
             case SetRole(role=role, epoch=epoch):
                 self.role = role
                 node.report(RoleChanged(worker=self.id, role=role, epoch=epoch))
+            case Park() | Wake():
+                assert not {**self.here, **self.held}, "told to stand by, or to wake, at work"
             case _:
                 raise AssertionError(command)
         self.go_on()
@@ -133,8 +140,13 @@ class VirtualWorker:
         self.stepping = False
         self.steps += 1
         told, ends = [], []
+        pairs = sum(chunk * seq.computed + chunk * (chunk + 1) // 2 for seq, chunk in chunks)
+        context = sum(seq.computed for seq in decodes)
         for seq, chunk in chunks:
             seq.prompt_left -= chunk
+            seq.computed += chunk
+        for seq in decodes:
+            seq.computed += 1
         for seq in [*decodes, *(seq for seq, _ in chunks if not seq.prompt_left)]:
             if self.here.get(seq.id) is not seq:
                 continue
@@ -157,6 +169,8 @@ class VirtualWorker:
                 elapsed=elapsed,
                 prefill_tokens=sum(chunk for _, chunk in chunks),
                 decode_tokens=len(decodes),
+                prefill_pairs=pairs,
+                context_tokens=context,
                 ids=tuple(told),
                 load=self.load(),
                 finished=tuple(ends),
@@ -182,7 +196,7 @@ class VirtualWorker:
         if seq.id not in self.coming:
             return
         self.coming.discard(seq.id)
-        self.here[seq.id] = Seq(seq.id, 0, seq.emitted, seq.length)
+        self.here[seq.id] = Seq(seq.id, 0, seq.emitted, seq.length, computed=seq.computed)
         self.node.report(
             KvPulled(
                 worker=self.id,
@@ -230,15 +244,26 @@ class VirtualNode:
         *,
         controller: Mapping[str, object] | None,
         slo: Slo,
+        standby: int = 0,
+        spares: int = 0,
         validate: bool = False,
     ) -> None:
+        """`standby` further workers begin parked, `spares` could be started beside them."""
         self.policy: DispatchSlots = make_policy("fcfs", {}, roles=controller).dispatch
+        all_roles = [*roles, *[Role.MIXED] * (standby + spares)]
         specs = [
-            WorkerSpec(id=WorkerId(w), devices=("none",), role=role) for w, role in enumerate(roles)
+            WorkerSpec(
+                id=WorkerId(w),
+                devices=("none",),
+                role=role,
+                parked=len(roles) <= w < len(roles) + standby,
+            )
+            for w, role in enumerate(all_roles)
         ]
+        first = len(roles) + standby
         self.core = Dispatcher(
-            DispatcherConfig(max_model_len=100_000),
-            workers=specs,
+            DispatcherConfig(max_model_len=100_000, spares=tuple(specs[first:])),
+            workers=specs[:first],
             policy=self.policy,
             validate=validate,
         )
@@ -249,24 +274,27 @@ class VirtualNode:
         self.flips: list[tuple[float, WorkerId, Role]] = []
         self.said: list[Output] = []
         self.workers = {
-            WorkerId(w): VirtualWorker(self, WorkerId(w), role) for w, role in enumerate(roles)
+            WorkerId(w): VirtualWorker(self, WorkerId(w), role) for w, role in enumerate(all_roles)
         }
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._timer: float | None = None
         self.hear(Woke())
-        for worker in self.workers:
-            for peer in self.workers:
-                if worker != peer:
-                    self.hear(
-                        LinkUp(
-                            worker=worker,
-                            peer=peer,
-                            peer_epoch=1,
-                            path="modelled",
-                            bytes_per_second=1e9,
-                        )
+
+    def link(self, worker: WorkerId) -> None:
+        """Everybody that is up and this worker can copy from each other."""
+        up = [w for w, view in self.core.view.workers.items() if view.max_num_seqs]
+        for peer in up:
+            for one, other in ((worker, peer), (peer, worker)) if worker != peer else ():
+                self.hear(
+                    LinkUp(
+                        worker=one,
+                        peer=other,
+                        peer_epoch=1,
+                        path="modelled",
+                        bytes_per_second=1e9,
                     )
+                )
 
     def later(self, seconds: float, action: Callable[[], None]) -> None:
         self._count += 1
@@ -294,17 +322,52 @@ class VirtualNode:
                     max_batch_tokens=MAX_BATCH_TOKENS,
                     role=self.workers[worker].role,
                 )
-                self.hear(up)
+                if self.core.view.traffic.arrived:
+                    self.later(START, lambda: self.bring_up(up))
+                else:
+                    self.bring_up(up)
             case Ended():
                 assert output.error is None, output
                 self.ended.append(output)
-            case Assign() | Pull() | Migrate() | Resume() | Release() | Abort() | SetRole():
+            case (
+                Assign()
+                | Pull()
+                | Migrate()
+                | Resume()
+                | Release()
+                | Abort()
+                | SetRole()
+                | Park()
+                | Wake()
+            ):
                 if isinstance(output, SetRole):
                     self.flips.append((self.now, output.worker, output.role))
                 process, command = self.workers[output.worker], output
                 self.later(LATENCY, lambda: process.obey(command))
             case _:
                 self.said.append(output)
+
+    def bring_up(self, up: WorkerUp) -> None:
+        self.hear(up)
+        self.link(up.worker)
+
+    def rest(self, seconds: float) -> None:
+        """Nothing arrives for so long."""
+        end = self.now + seconds
+        while self._events and self._events[0][0] <= end:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+        self.now = end
+
+    def decided(self, kind: str) -> list[Decided]:
+        """The decisions of that kind, as they ended."""
+        said = {out.decision: out for out in self.said if isinstance(out, Decided)}
+        return [each for each in said.values() if each.kind == kind]
+
+    def in_service(self) -> list[WorkerId]:
+        """Workers that are ready."""
+        views = self.core.view.workers.values()
+        return [view.id for view in views if view.state is WorkerState.READY]
 
     def serve(self, mix: Callable[[float], Mix], *, seconds: float, seed: int = 0) -> None:
         """Poisson arrivals for so long; then until all have ended."""
