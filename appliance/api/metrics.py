@@ -185,6 +185,7 @@ class _Engine(Collector):
             ("requests_replaced", "Answers that went on elsewhere.", stats.replaced),
             ("request_trials", "Suspects of worker deaths that were tried.", node.num_trials),
             ("request_acquittals", "Those of them that were acquitted.", node.num_acquitted),
+            ("instance_seconds", "Seconds of unparked workers.", self._node.instance_seconds),
         )
         for name, words, value in totals:
             yield counter(name, words, [], [([], value)])

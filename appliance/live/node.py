@@ -251,6 +251,11 @@ class Node:
         return True, "ready"
 
     @property
+    def instance_seconds(self) -> float:
+        """What the workers have cost so far: seconds that each was not parked, summed."""
+        return self.dispatcher.instance_seconds(self._clock())
+
+    @property
     def timeline(self) -> Sequence[tuple[float, str]]:
         """What happened during the start: (time on the node's clock, words)."""
         return self._books.timeline
