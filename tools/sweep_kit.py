@@ -240,9 +240,8 @@ def _watch(
             "client": cpu_seconds(client.pid) / took,
             "workers": sum(used.values()) / took,
         }
-    assert client.stdout is not None
-    words = client.stdout.read().decode(errors="replace")
-    if client.wait() not in (0, VOID):
+    words = client.communicate()[0].decode(errors="replace")
+    if client.returncode not in (0, VOID):
         raise SystemExit(f"the client has ended with {client.returncode}:\n{words[-4000:]}")
     return {name: round(share, 3) for name, share in shares.items()}
 

@@ -122,9 +122,11 @@ def pairs(live: Sequence[Summary], simulated: Sequence[Summary]) -> list[Pair]:
             ),
         )
     ]
-    for name in sorted({name for run in live for name in run.per_class}):
-        found.append(Pair(name=name, live=_counts(live, name), simulated=_counts(simulated, name)))
-    return found
+    names = sorted({name for run in live for name in run.per_class})
+    return found + [
+        Pair(name=name, live=_counts(live, name), simulated=_counts(simulated, name))
+        for name in names
+    ]
 
 
 def summary_line(found: Sequence[Pair]) -> str:
