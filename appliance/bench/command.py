@@ -40,6 +40,8 @@ from appliance.workload.arrivals import ArrivalsError
 from appliance.workload.spec import class_slos
 from appliance.workload.traces import TraceError
 
+FILE_WIDTH = 120
+"""Columns of what is not written to a terminal."""
 OK, FAILED, BAD_ARGUMENTS, VOID = 0, 1, 2, 3
 
 
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
 def run(options: argparse.Namespace) -> int:
     """The whole command; its exit code."""
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=FILE_WIDTH)
     try:
         offer = offer_of(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -104,7 +108,7 @@ async def _measure(
             console=console,
         )  # fmt: skip
     finally:
-        pool.close()
+        await pool.close()
 
 
 async def _sweep(

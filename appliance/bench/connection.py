@@ -177,12 +177,16 @@ class Pool:
                 return connection
         return None
 
-    def close(self) -> None:
-        """Abort everything."""
+    async def close(self) -> None:
+        """Abort everything; the sockets are closed then."""
+        self._free.clear()
         for connection in list(self._all):
             connection.abort()
+        for _ in range(TURNS_TO_CLOSE):
+            if not self._all:
+                break
+            await asyncio.sleep(0)
         self._all.clear()
-        self._free.clear()
 
     @property
     def num_connections(self) -> int:
@@ -205,4 +209,6 @@ class Pool:
         return connection
 
 
+TURNS_TO_CLOSE = 10
+"""Of the event loop, at most: an aborted transport closes its socket in the next one or two."""
 _STREAM = 1  # socket.SOCK_STREAM, without the module of everything else

@@ -113,7 +113,7 @@ def fitted_offer(offer: Offer, target: Target, *, max_len: int | None) -> tuple[
     if limit == offer.spec.max_len:
         return offer, []
     spec = msgspec.structs.replace(offer.spec, max_len=limit)
-    note = f"prompt and answer together are cut to {limit} tokens"
+    note = f"prompt and answer together have at most {limit} tokens"
     return msgspec.structs.replace(offer, spec=spec), [note]
 
 

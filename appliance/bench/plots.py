@@ -158,7 +158,7 @@ def _line(axis: "Axes", points: Sequence[tuple[float, float]], style: Mapping[st
 
 def _attainment_axes(axis: "Axes", document: Document, *, title: str) -> None:
     for level in (90, 99):
-        axis.axhline(level, color="#666666", linestyle="--", linewidth=0.8, zorder=0)
+        axis.axhline(level, color="#666666", linestyle="--", linewidth=0.8, zorder=1.5)
     _axes(axis, document, title=title, unit="%")
     axis.set_ylim(-2, 102)
     axis.set_yticks([0, 20, 40, 60, 80, 90, 100])
@@ -186,10 +186,13 @@ def _log_ms(axis: "Axes") -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """1, 2, 5, 10, 20 ... instead of powers of ten."""
+    """1, 1.5, 2, 3, 5, 7, 10, 15 ... instead of powers of ten; fewer over many decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
+    low, high = axis.get_view_interval()
+    fine = low > 0 and high / low < 30
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if fine else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

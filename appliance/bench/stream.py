@@ -149,7 +149,8 @@ class Answer:
             self._tail.append(block)
         else:
             self._read_end(document)
-            self._ended_at = now
+            if self.finish_reason and not self._ended_at:
+                self._ended_at = now
 
     def _fault(self, kind: str, message: str) -> None:
         if not self.error:

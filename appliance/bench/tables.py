@@ -33,25 +33,22 @@ def heading(run: Summary, document: Document) -> Text:
 
 
 def class_table(run: Summary, document: Document) -> Table:
-    """One line per class."""
+    """One line per class; times in milliseconds."""
     table = Table(box=None, pad_edge=False, header_style="cyan")
-    table.add_column("class")
-    for name in ("offered", "attained", "95 % interval", "deadline", "TTFT p50", "p99"):
+    table.add_column("class", no_wrap=True)
+    for name in ("attained", "interval", "TTFT p50 p99", "TPOT p50 p99 ms"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("TPOT p50", "p99", "missed by"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("missed by")
     for name in class_names([run], document.spec):
         one = run.per_class[name]
         style = "green" if one.attainment >= THRESHOLDS[0] else "red"
         ttft, tpot = (class_spread(run, name, key) for key in ("ttft_ms", "tpot_ms"))
         table.add_row(
             name,
-            str(one.offered),
-            Text(f"{one.attainment:.1%}", style=style),
-            f"{one.ci95[0]:.1%} - {one.ci95[1]:.1%}",
-            f"{one.deadline_attainment:.1%}",
-            *_pair(ttft),
-            *_pair(tpot),
+            Text(f"{one.attained}/{one.offered} {one.attainment:>6.1%}", style=style),
+            f"{one.ci95[0] * 100:.0f}-{one.ci95[1]:.0%}",
+            _pair(ttft),
+            _pair(tpot),
             ", ".join(f"{why} {count}" for why, count in one.missed.items()),
         )
     return table
@@ -60,19 +57,19 @@ def class_table(run: Summary, document: Document) -> Table:
 def capacity_table(document: Document) -> Table:
     """Capacity of each policy, overall and of the worst class."""
     table = Table(box=None, pad_edge=False, header_style="cyan")
-    table.add_column(f"capacity, {load_words(document)}")
+    table.add_column(f"capacity, {load_words(document)}", no_wrap=True)
     for words in ("all", "worst class"):
         for level in THRESHOLDS:
-            table.add_column(f"{words} at {level:.0%}", justify="right")
+            table.add_column(f"{words} {level:.0%}", justify="right")
     for found in capacities(document):
         cells = [capacity_words(one) for one in (*found.overall, *found.worst)]
         table.add_row(found.policy, *cells)
     return table
 
 
-def _pair(spread: Spread) -> tuple[str, str]:
-    return _ms(spread.p50), _ms(spread.p99)
+def _pair(spread: Spread) -> str:
+    return f"{_ms(spread.p50)} {_ms(spread.p99):>6}"
 
 
 def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
