@@ -2,10 +2,11 @@
 
 Eight workers run 64 sequences each and report step after step, while 1,000 requests wait. Two
 kinds of reports are timed apart: those in which nobody finished (nothing to decide), and those in
-which one sequence finished (a waiting request is placed: a decision). `--journal` adds the
-journal's record.
+which one sequence finished (a waiting request is placed: a decision). The requests are of five
+classes with different budgets, prompts and lengths. `--journal` adds the journal's record;
+`--policy` takes policies as `appliance simulate` does, or "all".
 
-    python tools/bench_dispatcher.py [--rounds N] [--journal]
+    python -m tools.bench_dispatcher [--rounds N] [--journal] [--policy NAME[,NAME]|all]
 """
 
 import argparse
@@ -29,27 +30,36 @@ from appliance.core.types import (
     FinishReason,
     Request,
     RequestId,
+    Slo,
     WorkerId,
     WorkerLoad,
     WorkerSpec,
 )
-from appliance.policy import make_policy
+from appliance.policy import POLICIES
+from appliance.policy.choice import PolicyChoice, parse_choice, parse_choices
 
 NUM_WORKERS = 8
 NUM_SEQS = 64
 NUM_WAITING = 1000
 BLOCKS = 8192
+SLOS = (
+    Slo(class_name="completion", ttft=0.5, tpot=0.05, weight=2.0),
+    Slo(class_name="chat", ttft=1.0, tpot=0.05),
+    Slo(class_name="reasoning", ttft=2.0, tpot=0.1),
+    Slo(class_name="summary", e2e=30.0),
+    Slo(class_name="batch", weight=0.2),
+)
 
 
 class Bench:
     """A node under load and the times of its calls in microseconds."""
 
-    def __init__(self, *, journal: bool) -> None:
+    def __init__(self, choice: PolicyChoice, *, journal: bool) -> None:
         specs = [WorkerSpec(id=WorkerId(w), devices=("cpu",)) for w in range(NUM_WORKERS)]
         config = DispatcherConfig(max_model_len=8192, max_queue=10**6, max_queue_tokens=10**9)
-        policy = make_policy("fcfs", {})
+        policy = choice.make()
         self.node = Dispatcher(config, workers=specs, policy=policy.dispatch)
-        header = JournalHeader(config=config, workers=tuple(specs), policy="fcfs")
+        header = JournalHeader(config=config, workers=tuple(specs), policy=choice.name)
         self._journal = Journal(header) if journal else None
         self.now = 0.0
         self._next_id = 0
@@ -69,11 +79,13 @@ class Bench:
         """One request more, with 64 blocks of prompt."""
         self._next_id += 1
         first = self._next_id * 1000
+        draw = self._next_id * 2654435761 % 1000
         request = Request(
             id=RequestId(self._next_id),
             arrived=self.now,
-            prompt_tokens=1030,
+            prompt_tokens=1030 + draw,
             max_tokens=100,
+            slo=SLOS[draw % len(SLOS)],
             prefix_hashes=tuple(range(first, first + 64)),
         )
         return self._hear(Arrived(request=request))
@@ -140,14 +152,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1000, help="steps per worker and kind")
     parser.add_argument("--journal", action="store_true", help="record each call as well")
+    parser.add_argument("--policy", default="fcfs", help="names with commas between them, or all")
     options = parser.parse_args()
-    bench = Bench(journal=options.journal)
+    choices = (
+        [parse_choice(name) for name in POLICIES]
+        if options.policy == "all"
+        else parse_choices(options.policy)
+    )
+    for choice in choices:
+        measure(choice, rounds=options.rounds, journal=options.journal)
+
+
+def measure(choice: PolicyChoice, *, rounds: int, journal: bool) -> None:
+    """One policy's lines."""
+    bench = Bench(choice, journal=journal)
     plain: list[float] = []
     deciding: list[float] = []
     arrivals: list[float] = []
     gc.collect()
     gc.freeze()
-    for turn in range(options.rounds):
+    for turn in range(rounds):
         for index in range(NUM_WORKERS):
             worker = WorkerId(index)
             plain.append(bench.step(worker, finish=False))
@@ -155,8 +179,8 @@ def main() -> None:
                 deciding.append(bench.step(worker, finish=True))
                 arrivals.append(bench.arrive())
     print(
-        f"{NUM_WORKERS} workers x {NUM_SEQS} sequences, {bench.node.view.num_waiting} waiting"
-        f"{', journal on' if options.journal else ''}"
+        f"{choice.word}: {NUM_WORKERS} workers x {NUM_SEQS} sequences, "
+        f"{bench.node.view.num_waiting} waiting{', journal on' if journal else ''}"
     )
     show("StepReported, nobody finished", plain)
     show("StepReported, one ends, one placed", deciding)
