@@ -37,7 +37,6 @@ class _Cell:
         "guessed",
         "in_first",
         "in_second",
-        "ratio",
         "row",
         "seconds",
         "seen_at",
@@ -47,8 +46,6 @@ class _Cell:
     def __init__(self, row: Row, seconds: float, *, count: float, seen_at: int) -> None:
         self.row = row
         self.seconds = seconds
-        self.ratio = 1.0
-        """Seconds beside what was predicted."""
         self.count = count
         self.seen_at = seen_at
         self.guessed = False
@@ -125,7 +122,7 @@ class StepFit:
             pairs = n * prefix + n * (n + 1) / 2
             row = (1.0, n, pairs, decodes, decodes * mean + (prefix if n else 0))
             seconds = max(_product(first, row), _product(second, row))
-            cell = self._gather(row, prefix, seconds, expected=seconds, most=1.0)
+            cell = self._gather(row, prefix, seconds)
             cell.guessed = True
             cell.count = trust
             self._place(cell)
@@ -136,14 +133,15 @@ class StepFit:
         first, second = self._planes
         return first.coefficients(), second.coefficients()
 
-    def learn(
-        self, row: Row, prefix: float, seconds: float, *, expected: float, most: float
-    ) -> bool:
-        """Take in a step. Beside what was expected it counts as at most `most` times longer or
-        shorter than those like it: a step during which the process did not run says little about
-        the device. True: the coefficients have changed."""
+    def alike(self, row: Row, prefix: float) -> tuple[Row, float] | None:
+        """Mean counts and seconds of the steps like this one; None unless there are several."""
+        cell = self._cells.get(_key(row, prefix))
+        return (cell.row, cell.seconds) if cell is not None and cell.count > _FEW else None
+
+    def learn(self, row: Row, prefix: float, seconds: float) -> bool:
+        """Take in a step. True: the coefficients have changed."""
         self._num += 1
-        cell = self._gather(row, prefix, seconds, expected=expected, most=most)
+        cell = self._gather(row, prefix, seconds)
         if self._num > _ALWAYS and self._num % _EVERY:
             return False
         self._place(cell)
@@ -168,38 +166,27 @@ class StepFit:
         cells = (cell for cell in self._order if not cell.guessed)
         return [(cell.row, cell.seconds, int(cell.count)) for cell in cells]
 
-    def _gather(
-        self, row: Row, prefix: float, seconds: float, *, expected: float, most: float
-    ) -> _Cell:
+    def _gather(self, row: Row, prefix: float, seconds: float) -> _Cell:
         """Put a step into its cell."""
-        _, n, _, decodes, read = row
-        mean = int(read) // int(decodes) if decodes else 0
-        key = int(n).bit_length() << 18 | int(decodes).bit_length() << 12
-        key |= (int(prefix).bit_length() + 1) // 2 << 6 | (mean.bit_length() + 1) // 2
+        key = _key(row, prefix)
         cell = self._cells.get(key)
         if cell is None:
             cell = self._cells[key] = _Cell(row, seconds, count=1.0, seen_at=self._num)
-            cell.ratio = seconds / expected
             self._order.append(cell)
             return cell
         if cell.guessed:
             cell.guessed = False
             cell.row, cell.seconds, cell.count = row, seconds, 1.0
-            cell.ratio = seconds / expected
         else:
             cell.count = count = min(_WINDOW, cell.count + 1.0)
-            old = cell.row
             rate = 1.0 / count
-            if count > _FEW:
-                usual = cell.ratio * expected
-                seconds = min(most * usual, max(usual / most, seconds))
-            cell.ratio += rate * (seconds / expected - cell.ratio)
+            old = cell.row
             cell.row = (
                 1.0,
-                old[1] + rate * (n - old[1]),
+                old[1] + rate * (row[1] - old[1]),
                 old[2] + rate * (row[2] - old[2]),
-                old[3] + rate * (decodes - old[3]),
-                old[4] + rate * (read - old[4]),
+                old[3] + rate * (row[3] - old[3]),
+                old[4] + rate * (row[4] - old[4]),
             )
             cell.seconds += rate * (seconds - cell.seconds)
         cell.seen_at = self._num
@@ -234,6 +221,14 @@ class StepFit:
             first.add(weight, row)
         if cell.in_second:
             second.add(weight, row)
+
+
+def _key(row: Row, prefix: float) -> int:
+    """Of the cell of a step."""
+    _, n, _, decodes, read = row
+    mean = int(read) // int(decodes) if decodes else 0
+    alone = int(n).bit_length() << 18 | int(decodes).bit_length() << 12
+    return alone | (int(prefix).bit_length() + 1) // 2 << 6 | (mean.bit_length() + 1) // 2
 
 
 def _product(plane: Row, row: Row) -> float:

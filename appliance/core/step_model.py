@@ -26,7 +26,7 @@ steps with prefill. Policies steer by the tail, never by the mean.
 
 from bisect import bisect_left, insort
 from collections import deque
-from math import exp, log, sqrt
+from math import sqrt
 
 from appliance.core.step_fit import Row, StepFit
 from appliance.core.types import Record
@@ -34,9 +34,9 @@ from appliance.core.types import Record
 _FOLLOWING = 0.03
 """Weight of a step in what is usual now."""
 _NOTABLE = 0.06
-"""Change (logarithm) that moves the factor; less is left to the cells."""
+"""Change that moves the factor; less is left to the cells."""
 _LEAST_CLIP = 0.3
-"""A single step counts as longer or shorter than usual by this much at least (logarithm)."""
+"""A single step counts as longer than usual by this share at least, if it is."""
 _REMEMBERED = 200
 """Numbers of which a quantile is taken."""
 
@@ -147,15 +147,25 @@ class StepModel:
         else:
             self._judge(ratio, with_prefill=n > 0)
         self._num += 1
-        change = log(ratio)
+        elapsed = self._compare(row, prefix, elapsed=elapsed, predicted=predicted)
+        if self._fit.learn(row, prefix, elapsed / self._factor):
+            self._publish()
+
+    def _compare(self, row: Row, prefix: float, *, elapsed: float, predicted: float) -> float:
+        """Beside earlier steps like this one (not beside the prediction, which may be wrong for all
+        of them): has the device changed? Returns the duration to learn from: a step during which
+        the process did not run says little about the device."""
+        alike = self._fit.alike(row, prefix)
+        if alike is None:
+            return elapsed
+        (_, n, pairs, decodes, read), seconds = alike
+        usual = self._factor * seconds * predicted / self._of(n, pairs, decodes, read)
+        change = elapsed / usual - 1.0
         most = max(_LEAST_CLIP, 3.0 * self._spread)
         self._spread += 0.05 * (min(abs(change), 2.0 * most) - self._spread)
-        self._follow(max(-most, min(most, change)))
-        factor = self._factor
-        if self._fit.learn(
-            row, prefix, elapsed / factor, expected=predicted / factor, most=1.0 + most
-        ):
-            self._publish()
+        change = min(most, change)
+        self._follow(change)
+        return usual * (1.0 + change)
 
     def _judge(self, ratio: float, *, with_prefill: bool) -> None:
         """How good the prediction was."""
@@ -168,9 +178,9 @@ class StepModel:
     def _follow(self, change: float) -> None:
         """Move the factor when steps of all kinds have become longer or shorter, by more than
         noise would explain."""
-        self._bias += max(_FOLLOWING, 0.5 / self._num) * (change - self._bias)
+        self._bias += _FOLLOWING * (change - self._bias)
         if abs(self._bias) > max(_NOTABLE, 0.7 * self._spread):
-            self._factor *= exp(self._bias)
+            self._factor *= 1.0 + self._bias
             self._bias = 0.0
             self._publish()
 
