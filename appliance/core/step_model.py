@@ -114,6 +114,7 @@ class StepModel:
         self._bias = 0.0
         self._spread = 0.3
         self._num = 0
+        self._judged = 0
         self._mean_error = 0.0
         self._large_error = _Quantile(0.0)
         self._tails = (_Quantile(known.tail_decode), _Quantile(known.tail_prefill))
@@ -170,7 +171,8 @@ class StepModel:
     def _judge(self, ratio: float, *, with_prefill: bool) -> None:
         """How good the prediction was."""
         error = abs(1.0 / ratio - 1.0)
-        rate = max(0.005, 1.0 / self._num)
+        self._judged += 1
+        rate = max(0.005, 1.0 / self._judged)
         self._mean_error += rate * (error - self._mean_error)
         self._large_error.add(error)
         self._tails[with_prefill].add(ratio)
@@ -311,7 +313,7 @@ class StepModel:
         return PredictionError(
             mean_relative=self._mean_error,
             p90_relative=self._large_error.level,
-            num_steps=max(0, self._num - self._is_guess),
+            num_steps=self._judged,
         )
 
     @property
