@@ -109,11 +109,8 @@ async def _load(url: str, *, seconds: float, rate: float) -> None:
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
-    draw = rng.random()
-    for share, prompt, answer in KINDS:
-        draw -= share
-        if draw < 0:
-            break
+    weights = [share for share, _, _ in KINDS]
+    ((_, prompt, answer),) = rng.choices(KINDS, weights)
     body = {
         "model": "tiny-tasks",
         "prompt": [rng.randrange(8, 1000) for _ in range(_length(rng, prompt))],
@@ -217,7 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--devices", nargs="+", default=["cpu:1", "cpu:2"])
     parser.add_argument("--seconds", type=float, default=25.0)
-    parser.add_argument("--rate", type=float, default=8.0, help="requests per second and worker")
+    parser.add_argument("--rate", type=float, default=25.0, help="requests per second and worker")
     parser.add_argument("--skip", type=int, default=100)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--journals", type=Path, help="keep (or, with --seconds 0, read) them here")
