@@ -11,6 +11,9 @@ predicted *before* the models see it (prequential), by models that begin with th
     node     one model for all workers, as the Dispatcher has it
     mean     the running mean of the worker's steps, for comparison
 
+    hindsight  the median of all steps of the run that were alike (same batch, contexts within 128
+               tokens, chunks within 64; at least ten of them): what is left is noise
+
 The relative error is |predicted - seen| / seen, over all steps but the first `--skip` of each
 worker; `tail` is the share of steps within `tail_seconds`.
 """
@@ -22,6 +25,7 @@ import os
 import platform
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,6 +75,17 @@ class Step(NamedTuple):
         if not self.prefill_tokens:
             return "decode"
         return "mixed" if self.decodes else "prefill"
+
+
+class _Row(NamedTuple):
+    """Errors of one step."""
+
+    kind: str
+    worker: float
+    node: float
+    mean: float
+    hindsight: float | None
+    tail: bool
 
 
 def run_server(devices: str, *, journal: Path, seconds: float, rate: float) -> None:
@@ -153,19 +168,22 @@ def judge(steps: Sequence[Step], *, skip: int) -> dict[str, Any]:
     """Errors of the three predictors over these steps."""
     own: dict[int, StepModel] = {}
     node = StepModel()
+    alike = _medians(steps)
     means: dict[int, float] = {}
     seen: dict[int, int] = {}
-    rows: list[tuple[str, float, float, float, bool]] = []
+    rows: list[_Row] = []
     for step in steps:
         model = own.setdefault(step.worker, StepModel())
         counts, elapsed = step.counts(), step.elapsed
         if seen.get(step.worker, 0) >= skip:
+            median = alike.get(_like(step))
             rows.append(
-                (
+                _Row(
                     step.kind,
                     abs(model.seconds(**counts) / elapsed - 1),
                     abs(node.seconds(**counts) / elapsed - 1),
                     abs(means[step.worker] / elapsed - 1),
+                    None if median is None else abs(median / elapsed - 1),
                     model.tail_seconds(**counts) >= elapsed,
                 )
             )
@@ -180,21 +198,37 @@ def judge(steps: Sequence[Step], *, skip: int) -> dict[str, Any]:
         old = means.get(step.worker, elapsed)
         means[step.worker] = old + 0.1 * (elapsed - old)
         seen[step.worker] = seen.get(step.worker, 0) + 1
-    kinds = sorted({row[0] for row in rows})
-    result = {kind: _summary([row for row in rows if row[0] == kind]) for kind in kinds}
+    kinds = sorted({row.kind for row in rows})
+    result = {kind: _summary([row for row in rows if row.kind == kind]) for kind in kinds}
     return {"all": _summary(rows), **result}
 
 
-def _summary(rows: Sequence[tuple[str, float, float, float, bool]]) -> dict[str, Any]:
+def _like(step: Step) -> tuple[int, ...]:
+    """What steps that are alike have in common."""
+    context = step.context_tokens // (128 * step.decodes) if step.decodes else 0
+    return step.prefill_tokens // 64, step.prefix_tokens // 128, step.decodes, context
+
+
+def _medians(steps: Sequence[Step]) -> dict[tuple[int, ...], float]:
+    groups: dict[tuple[int, ...], list[float]] = {}
+    for step in steps:
+        groups.setdefault(_like(step), []).append(step.elapsed)
+    return {key: statistics.median(group) for key, group in groups.items() if len(group) >= 10}
+
+
+def _summary(rows: Sequence[_Row]) -> dict[str, Any]:
     result: dict[str, Any] = {"steps": len(rows)}
-    for column, name in ((1, "worker"), (2, "node"), (3, "mean")):
-        errors = sorted(float(row[column]) for row in rows)
+    for name in ("worker", "node", "mean", "hindsight"):
+        values = (getattr(row, name) for row in rows)
+        errors = sorted(float(value) for value in values if value is not None)
+        if not errors:
+            continue
         result[name] = {
             "mean": round(sum(errors) / len(errors), 4),
             "p50": round(errors[len(errors) // 2], 4),
             "p90": round(errors[len(errors) * 9 // 10], 4),
         }
-    result["tail"] = round(sum(row[4] for row in rows) / len(rows), 4)
+    result["tail"] = round(sum(row.tail for row in rows) / len(rows), 4)
     return result
 
 
@@ -202,7 +236,8 @@ def _print(devices: str, result: Mapping[str, Any]) -> None:
     for kind, row in result.items():
         words = "  ".join(
             f"{name} {row[name]['mean']:6.1%} / {row[name]['p50']:6.1%} / {row[name]['p90']:6.1%}"
-            for name in ("worker", "node", "mean")
+            for name in ("worker", "node", "mean", "hindsight")
+            if name in row
         )
         print(f"{devices:6} {kind:8} {row['steps']:6} steps  {words}  tail {row['tail']:.1%}")
 
