@@ -7,6 +7,7 @@ is the one with the latest deadline that is preempted. Weights, costs and length
 
 import math
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 
@@ -19,7 +20,10 @@ from appliance.policy.settings import read_settings
 
 
 class EdfSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """None."""
+    """The size of a chunk."""
+
+    chunk: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Tokens of prompts in a step, at most; 0: what the step has room for."""
 
 
 def deadline(request: Request) -> float:
@@ -35,8 +39,7 @@ def _urgency(seq: SeqView) -> tuple[float, float]:
 
 
 def edf(settings: Mapping[str, object]) -> Policy:
-    """The policy. Raises `PolicySettingsError` for a setting."""
-    read_settings(EdfSettings, settings, policy="edf")
-    return Policy(
-        name="edf", dispatch=slots(order=order_by(deadline)), batch=urgent_batch(_urgency)
-    )
+    """The policy. Raises `PolicySettingsError` for a setting it does not have."""
+    known = read_settings(EdfSettings, settings, policy="edf")
+    batch = urgent_batch(_urgency, chunk=known.chunk)
+    return Policy(name="edf", dispatch=slots(order=order_by(deadline)), batch=batch)

@@ -64,15 +64,17 @@ def fill_reserving(view: LocalView, budget_tokens: int, now: float) -> list[Gran
     return grants
 
 
-def fill_urgent(urgency: Urgency) -> FillSlot:
+def fill_urgent(urgency: Urgency, *, chunk: int = 0) -> FillSlot:
     """The most urgent prompts first, whether they run or wait; a waiting one overtakes those that
-    run only if it surely fits into memory beside them."""
+    run only if it surely fits into memory beside them. With `chunk`, at most so many tokens of
+    prompts in a step."""
 
     def fill(view: LocalView, budget_tokens: int, now: float) -> list[Grant]:
         del now
         grants, prefills, left = _decodes(view, budget_tokens)
         if not left:
             return grants
+        left = min(left, chunk) if chunk else left
         waiting: Sequence[SeqView] = view.waiting
         if len(waiting) > 1:
             waiting = sorted(waiting, key=urgency)
@@ -113,9 +115,9 @@ def victim_least_urgent(urgency: Urgency) -> VictimSlot:
     return victim
 
 
-def urgent_batch(urgency: Urgency) -> BatchSlots:
+def urgent_batch(urgency: Urgency, *, chunk: int = 0) -> BatchSlots:
     """The Batcher's slots of a policy that is an order of urgency and nothing else."""
-    return BatchSlots(victim=victim_least_urgent(urgency), fill=fill_urgent(urgency))
+    return BatchSlots(victim=victim_least_urgent(urgency), fill=fill_urgent(urgency, chunk=chunk))
 
 
 def fcfs_batch() -> BatchSlots:

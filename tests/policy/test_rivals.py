@@ -241,6 +241,12 @@ def test_all_mixed_gives_prompts_a_chunk_of_every_step_and_no_more() -> None:
     assert granted(make_policy("all-mixed", {"chunk": 30}), view)[2:] == [(2, 10), (4, 20)]
 
 
+def test_edf_gives_prompts_no_more_than_its_chunk_if_it_has_one() -> None:
+    view = Local(running=[decode(1), prompt(2, 100), decode(3)], waiting=[prompt(4, 50)])
+    assert sum(n for _, n in granted(make_policy("edf", {"chunk": 30}), view)) == 2 + 30
+    assert sum(n for _, n in granted(make_policy("edf", {}), view)) == 64
+
+
 @pytest.mark.parametrize("name", ["edf", "static-priority", "srf"])
 def test_an_urgent_prompt_overtakes_those_that_run_but_for_a_share_of_the_oldest(name: str) -> None:
     urgent = prompt(5, 40, slo=Slo(ttft=1.0, weight=9.0))
