@@ -28,7 +28,7 @@ def fill_fcfs(view: LocalView, budget_tokens: int, now: float) -> list[Grant]:
     del now
     grants, prefills, left = _decodes(view, budget_tokens)
     if left:
-        prefills.extend(view.waiting[: _free_slots(view)])
+        prefills.extend(view.waiting[: free_slots(view)])
         _spend(left, prefills, grants)
     return grants
 
@@ -40,7 +40,7 @@ def fill_chunked(*, chunk: int) -> FillSlot:
         del now
         grants, prefills, left = _decodes(view, budget_tokens)
         if left:
-            prefills.extend(view.waiting[: _free_slots(view)])
+            prefills.extend(view.waiting[: free_slots(view)])
             _spend(min(left, chunk), prefills, grants)
         return grants
 
@@ -55,7 +55,7 @@ def fill_reserving(view: LocalView, budget_tokens: int, now: float) -> list[Gran
     grants, prefills, left = _decodes(view, budget_tokens)
     if left and view.waiting:
         free = view.total_blocks - sum(_peak_blocks(seq, view) for seq in view.running)
-        for seq in view.waiting[: _free_slots(view)]:
+        for seq in view.waiting[: free_slots(view)]:
             free -= _peak_blocks(seq, view)
             if free < 0:  # never with nobody else here: no peak is more than the pool
                 break
@@ -78,14 +78,14 @@ def fill_urgent(urgency: Urgency, *, chunk: int = 0) -> FillSlot:
         waiting: Sequence[SeqView] = view.waiting
         if len(waiting) > 1:
             waiting = sorted(waiting, key=urgency)
-        waiting = waiting[: _free_slots(view)]
+        waiting = waiting[: free_slots(view)]
         if not prefills or not waiting:
             prefills.sort(key=urgency)
             _spend(left, [*prefills, *waiting], grants)
             return grants
         oldest = prefills[0]
         prefills.sort(key=urgency)
-        sure = _num_sure(view, waiting, prefills)
+        sure = num_sure(view, waiting, prefills)
         first = list(heapq.merge(prefills, waiting[:sure], key=urgency))
         if sure and urgency(waiting[0]) < urgency(prefills[0]):
             first.remove(oldest)
@@ -157,11 +157,12 @@ def _spend(left: int, prefills: Sequence[SeqView], grants: list[Grant]) -> int:
     return left
 
 
-def _free_slots(view: LocalView) -> int:
+def free_slots(view: LocalView) -> int:
+    """Sequences that may begin."""
     return max(0, view.max_num_seqs - (len(view.running) - len(view.stale)))
 
 
-def _num_sure(view: LocalView, waiting: Sequence[SeqView], prefills: Sequence[SeqView]) -> int:
+def num_sure(view: LocalView, waiting: Sequence[SeqView], prefills: Sequence[SeqView]) -> int:
     """How many of `waiting`, in their order, fit for certain beside what runs: as if none of their
     blocks were cached, and with a block to grow for everyone."""
     size = view.block_tokens
