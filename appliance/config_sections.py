@@ -121,6 +121,7 @@ class RolesSection(Section, frozen=True, kw_only=True):
 
     initial: str = "mixed"
     controller: Literal["auto", "on", "off"] = "auto"
+    scale: Literal["auto", "on", "off"] = "auto"
     settings: dict[str, Setting] = {}
     drain_seconds: Seconds = 2.0
     wind_down: Literal["migrate", "wait"] = "migrate"
@@ -137,9 +138,12 @@ class TransferSection(Section, frozen=True, kw_only=True):
 
 
 class StandbySection(Section, frozen=True, kw_only=True):
-    """Workers that are started and wait."""
+    """Workers that are started and wait, and how many serve."""
 
     workers: Annotated[int, Meta(ge=0, le=64)] = 0
+    add: Annotated[int, Meta(ge=0, le=64)] = 0
+    min_workers: Positive | Auto = "auto"
+    max_workers: Positive | Auto = "auto"
 
 
 class StreamSection(Section, frozen=True, kw_only=True):

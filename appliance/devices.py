@@ -24,9 +24,16 @@ class DevicePlan(Record, frozen=True, kw_only=True):
 
     kind: Literal["cpu", "paced"]
     workers: tuple[WorkerSpec, ...]
+    spares: tuple[WorkerSpec, ...] = ()
+    """Workers that may be started later."""
     profile: str = ""
     why: str = ""
     """How "auto" was decided; empty if the operator decided."""
+
+    @property
+    def most(self) -> int:
+        """Workers that there may be, the spare ones too."""
+        return len(self.workers) + len(self.spares)
 
     @property
     def engine(self) -> str:

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from appliance import __version__
 from appliance.core.profiles import device_profile
-from appliance.staff import has_controller
+from appliance.staff import controller_settings, has_controller
 from appliance.startup import Plan, shown_bytes
 
 
@@ -95,7 +95,11 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
 def _roles(plan: Plan) -> str:
     workers = plan.devices.workers
     words = [f"{worker.id} {'standby' if worker.parked else worker.role}" for worker in workers]
-    by_itself = "changes them" if has_controller(plan.config) else "is off"
+    words += [f"{worker.id} only when needed" for worker in plan.devices.spares]
+    by_itself = "is off"
+    if has_controller(plan.config):
+        fixed = controller_settings(plan.config).get("flips") is False
+        by_itself = "changes only who serves" if fixed else "changes them"
     return f"{', '.join(words)}; the controller {by_itself}"
 
 
@@ -106,7 +110,7 @@ def _policy(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    number = len(plan.devices.workers)
+    number = plan.devices.most
     memory = plan.memory
     parts = [f"KV {shown_bytes(memory.kv)}"]
     if memory.packed:

@@ -1,4 +1,5 @@
-"""Who does what at the start: roles of the workers (`--roles`), and those that stand by.
+"""Who does what at the start: roles of the workers (`--roles`), those that stand by, and those that
+the controller may start.
 
 `roles.initial` is one word for all workers, one word per worker, or "auto": all begin mixed and the
 controller may change that. A role is a preference, so any combination serves; one that leaves a
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from appliance.config import Config, ConfigError
+from appliance.config_sections import Setting
 from appliance.core.types import Role, WorkerId, WorkerSpec
 from appliance.devices import MAX_WORKERS, DevicePlan
 
@@ -24,16 +26,44 @@ def staffed(devices: DevicePlan, config: Config) -> DevicePlan:
         msgspec.structs.replace(worker, role=role)
         for worker, role in zip(devices.workers, roles, strict=True)
     ]
-    wanted = config.standby.workers
-    if len(workers) + wanted > MAX_WORKERS:
-        raise ConfigError(
-            f"standby.workers = {wanted}: with {len(workers)} on devices.spec that is more than "
-            f"{MAX_WORKERS} workers; write at most {MAX_WORKERS - len(workers)}"
+    _check_bounds(config, len(workers))
+    standby, spares = (
+        _further(devices, first, number, parked=parked)
+        for first, number, parked in (
+            (len(workers), config.standby.workers, True),
+            (len(workers) + config.standby.workers, config.standby.add, False),
         )
-    for index in range(len(workers), len(workers) + wanted):
-        device = devices.device_of(index)
-        workers.append(WorkerSpec(id=WorkerId(index), devices=(device,), parked=True))
-    return msgspec.structs.replace(devices, workers=tuple(workers))
+    )
+    return msgspec.structs.replace(devices, workers=(*workers, *standby), spares=spares)
+
+
+def _further(
+    devices: DevicePlan, first: int, number: int, *, parked: bool
+) -> tuple[WorkerSpec, ...]:
+    return tuple(
+        WorkerSpec(id=WorkerId(index), devices=(devices.device_of(index),), parked=parked)
+        for index in range(first, first + number)
+    )
+
+
+def _check_bounds(config: Config, serving: int) -> None:
+    """Raise `ConfigError` if there would be too many workers, or bounds that contradict them."""
+    known = serving
+    for name, wanted in (("workers", config.standby.workers), ("add", config.standby.add)):
+        if known + wanted > MAX_WORKERS:
+            raise ConfigError(
+                f"standby.{name} = {wanted}: with {known} others that is more than "
+                f"{MAX_WORKERS} workers; write at most {MAX_WORKERS - known}"
+            )
+        known += wanted
+    least, most = config.standby.min_workers, config.standby.max_workers
+    if least != "auto" and least > known:
+        raise ConfigError(
+            f"standby.min_workers = {least}: there are {known} workers; write at most {known}"
+        )
+    if most != "auto" and most < (serving if least == "auto" else least):
+        few = f"standby.min_workers = {least}" if least != "auto" else f"the {serving} that begin"
+        raise ConfigError(f"standby.max_workers = {most} is less than {few}; write more")
 
 
 def parse_roles(text: str, num_workers: int) -> tuple[Role, ...]:
@@ -54,9 +84,29 @@ def parse_roles(text: str, num_workers: int) -> tuple[Role, ...]:
 
 
 def has_controller(config: Config) -> bool:
-    """Whether the node changes roles by itself."""
+    """Whether the node changes roles, or who is in service, by itself."""
     wanted = config.roles.controller
-    return config.roles.initial.strip().lower() == AUTO if wanted == AUTO else wanted == "on"
+    return wanted == "on" or (wanted == AUTO and (_is_auto(config) or config.roles.scale == "on"))
+
+
+def controller_settings(config: Config) -> dict[str, Setting]:
+    """What the controller is told: [roles] and [standby], and before these `roles.settings`. Where
+    only `roles.scale` asks for it, roles stay as they are."""
+    found: dict[str, Setting] = {}
+    if config.roles.scale != AUTO:
+        found["scale"] = config.roles.scale
+    if config.roles.controller == AUTO and has_controller(config) and not _is_auto(config):
+        found["flips"] = False
+    bounds: dict[str, Setting] = {
+        "min_workers": config.standby.min_workers,
+        "max_workers": config.standby.max_workers,
+    }
+    found |= {name: wanted for name, wanted in bounds.items() if wanted != AUTO}
+    return found | config.roles.settings
+
+
+def _is_auto(config: Config) -> bool:
+    return config.roles.initial.strip().lower() == AUTO
 
 
 def notes_on_roles(workers: Sequence[WorkerSpec]) -> list[str]:

@@ -30,7 +30,7 @@ from appliance.cost_profile import load_coefficients
 from appliance.devices import DevicePlan
 from appliance.live.checkpoint import Checkpoint, find_model, open_checkpoint
 from appliance.policy import PolicySettingsError, make_policy
-from appliance.staff import has_controller, notes_on_roles, staffed
+from appliance.staff import controller_settings, has_controller, notes_on_roles, staffed
 from appliance.worker.native.build import NativeUnavailable, check_threads, ensure_built
 
 AUTO_KV_BYTES = 256 * 1024**2
@@ -136,7 +136,7 @@ def make_plan(
     host_blocks = _host_blocks(config, fixed.block)
     host = pool_bytes(num_blocks=host_blocks, block_bytes=fixed.block) if host_blocks else 0
     fixed = msgspec.structs.replace(fixed, host=host)
-    num_workers = len(devices.workers)
+    num_workers = devices.most
     room = (machine.free_bytes - fixed.total(num_workers)) // num_workers
     max_model_len, num_blocks = _lengths(
         config, devices, checkpoint=checkpoint, block_bytes=fixed.block, room=room
@@ -212,7 +212,7 @@ def _policy(config: Config) -> Policy:
     except PolicySettingsError as error:
         raise ConfigError(f"policy.name (--policy) or policy.settings: {error}") from error
     try:  # settings of a controller that is off are checked too
-        controlled = make_policy(name, settings, roles=config.roles.settings)
+        controlled = make_policy(name, settings, roles=controller_settings(config))
     except PolicySettingsError as error:
         raise ConfigError(f"roles.settings: {error}") from error
     return controlled if has_controller(config) else policy
@@ -310,7 +310,7 @@ def _host_blocks(config: Config, block_bytes: int) -> int:
 
 
 def _check_memory(plan: Plan) -> None:
-    num_workers = len(plan.devices.workers)
+    num_workers = plan.devices.most
     total = plan.memory.total(num_workers)
     if total <= plan.machine.free_bytes:
         return

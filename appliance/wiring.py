@@ -24,7 +24,7 @@ from appliance.live.spawner import Spawner
 from appliance.live.tokenise import TextService, TextSettings
 from appliance.live.weight_slabs import WeightSettings
 from appliance.live.workers import PoolPlan, WatchSettings
-from appliance.staff import has_controller
+from appliance.staff import controller_settings, has_controller
 from appliance.startup import Plan
 
 WORKER_ENTRY = "appliance.worker.main:run"
@@ -88,6 +88,7 @@ def dispatcher_config(plan: Plan) -> DispatcherConfig:
         wind_down=roles.wind_down,
         flip_seconds=roles.flip_seconds,
         park_seconds=roles.park_seconds,
+        spares=plan.devices.spares,
     )
 
 
@@ -117,7 +118,7 @@ def node_settings(plan: Plan, faults: Sequence[FaultRule]) -> NodeSettings:
         dispatcher=dispatcher_config(plan),
         policy=config.policy.name,
         policy_settings=config.policy.settings,
-        role_settings=config.roles.settings if has_controller(config) else None,
+        role_settings=controller_settings(config) if has_controller(config) else None,
         profile=plan.devices.profile,
         threads=plan.threads,
         native=config.engine.native,

@@ -104,6 +104,7 @@ def test_the_example_classes_are_those_of_the_workload_five() -> None:
 def test_every_duration_and_size_names_its_unit() -> None:
     units = ("_ms", "_seconds", "_bytes", "_tokens", "_records", "_requests", "_deaths", "_seqs")
     units += ("_messages", "_answers", "_strings", "_chars", "_headers", "_connections", "_trials")
+    units += ("_workers",)
     unitless = {
         field: key
         for key in all_keys()

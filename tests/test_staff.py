@@ -7,7 +7,13 @@ import pytest
 from appliance.config import ConfigError, load
 from appliance.core.types import Role
 from appliance.devices import DevicePlan, plan_devices
-from appliance.staff import has_controller, notes_on_roles, parse_roles, staffed
+from appliance.staff import (
+    controller_settings,
+    has_controller,
+    notes_on_roles,
+    parse_roles,
+    staffed,
+)
 
 P, D, M = Role.PREFILL, Role.DECODE, Role.MIXED
 
@@ -76,3 +82,44 @@ def test_a_phase_that_nobody_prefers_is_noted() -> None:
     assert "every worker prefers prefill, so decode is served by them too" in note
     for text in ("mixed", "prefill,decode", "mixed,decode"):
         assert notes_on_roles(staff("paced:2", roles={"initial": text}).workers) == []
+
+
+def test_workers_that_may_be_started_later_come_last_and_are_no_workers_yet() -> None:
+    plan = staff("paced:2", standby={"workers": 1, "add": 2})
+    assert [(w.id, w.parked) for w in plan.workers] == [(0, False), (1, False), (2, True)]
+    assert [(w.id, w.devices, w.parked) for w in plan.spares] == [
+        (3, ("paced:3",), False),
+        (4, ("paced:4",), False),
+    ]
+    assert plan.most == 5
+
+
+@pytest.mark.parametrize(
+    ("standby", "words"),
+    [
+        ({"workers": 2, "add": 62}, r"standby.add = 62: .* write at most 60"),
+        ({"min_workers": 3}, r"standby.min_workers = 3: .* write at most 2"),
+        ({"max_workers": 1}, r"standby.max_workers = 1 is less than the 2 that begin"),
+        ({"min_workers": 2, "max_workers": 1}, r"less than standby.min_workers = 2"),
+    ],
+)
+def test_R20_bounds_that_contradict_each_other_are_refused(
+    standby: dict[str, int], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        staff("paced:2", standby=standby)
+
+
+def test_scaling_alone_is_a_controller_that_leaves_the_roles() -> None:
+    def told(roles: dict[str, object], **standby: object) -> dict[str, object] | None:
+        config = load(None, {"roles": roles, "standby": standby})
+        return dict(controller_settings(config)) if has_controller(config) else None
+
+    assert told({}, workers=1) is None
+    assert told({"scale": "on"}) == {"scale": "on", "flips": False}
+    assert told({"scale": "on", "initial": "auto"}, min_workers=2) == {
+        "scale": "on",
+        "min_workers": 2,
+    }
+    assert told({"initial": "auto", "settings": {"dwell": 4.0}}) == {"dwell": 4.0}
+    assert told({"scale": "on", "controller": "off"}) is None

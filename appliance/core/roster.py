@@ -5,9 +5,10 @@ then leaves its process up, with weights mapped and links open; *wake* puts it b
 once. A worker that was specified as `parked` goes on standby when it comes up. *Add* makes a new
 worker known, which is started like any other.
 
-Operators ask for that by messages, the controller by its plans (`appliance.core.steering`). A worker
-that an operator parked stays on standby until an operator wakes it: the controller wakes only those
-that began there or that it parked itself. It adds workers only from `DispatcherConfig.spares`.
+Operators ask for that by messages, the controller by its plans (`appliance.core.steering`). A
+worker that an operator parked stays on standby until an operator wakes it: the controller wakes
+only those that began there or that it parked itself. It adds workers only from
+`DispatcherConfig.spares`.
 
 A worker that cannot be emptied within `park_seconds` serves on. The last one in service is not
 parked, nor one whose pool alone is large enough for a request that lives. When all others are

@@ -104,9 +104,10 @@ class Node:
             policy=policy.dispatch,
             validate=settings.validate,
         )
-        self.specs = {spec.id: spec for spec in settings.workers}
-        """Every worker ever asked for."""
-        self.stats = NodeStats(tuple(self.specs))
+        known = (*settings.workers, *settings.dispatcher.spares)
+        self.specs = {spec.id: spec for spec in known}
+        """Every worker ever asked for, and those that the controller may ask for."""
+        self.stats = NodeStats(tuple(spec.id for spec in settings.workers))
         self.moves = Moves()
         self.started_at = clock()
         self.broken = ""

@@ -56,6 +56,8 @@ class RoleSettings(msgspec.Struct, frozen=True, kw_only=True):
     infeasible: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """A larger share of requests that wait and can no longer start in time, among those that came
     in `window`, asks for more workers."""
+    out_above: Share = 0.3
+    """Below this level late requests and missed targets are not put down to too few workers."""
     out_confirm: Annotated[int, msgspec.Meta(ge=1)] = 3
     """Times in a row that more workers must be asked for."""
     out_to: Share = 0.75

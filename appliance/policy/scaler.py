@@ -2,8 +2,8 @@
 
 More are asked for when, `out_confirm` times in a row, the predicted pressure is above `high`
 (demand says that there are too few), the attainment of the last answers is below its bound, or
-requests wait that can no longer start in time; and only if more workers are predicted to lower the
-pressure. Order of action: a flip that is predicted to suffice comes first
+requests wait that can no longer start in time; unless the budgets are such that no number of
+workers could meet them. Order of action: a flip that is predicted to suffice comes first
 (`appliance.policy.role_control` finds it), then parked workers are woken, as many as are predicted
 to be needed, and only when none is left spare ones are started, if the pressure saved within the
 horizon is worth the time they take.
@@ -24,6 +24,8 @@ from appliance.core.view import NodeView, WorkerView
 from appliance.policy.demand import Division, Load, Pressure, pressure
 from appliance.policy.role_settings import RoleSettings
 
+MANY = 15
+"""Times the workers there are: what they cannot do, more workers do not help."""
 MEMORY = 0.8
 """Share of the KV memory of those who stay that may be in use when one is parked."""
 
@@ -126,11 +128,14 @@ class Scaler:
     ) -> str:
         """Why more workers are asked for; empty if they are not."""
         settings = self._settings
-        more = pressure(division.plus(1), load).worst
-        if more > present.worst * (1 - 0.4 / (division.total + 1)):
-            return ""  # more of them would not help
+        level = max(present.prefill, present.decode)
+        many = pressure(division.plus(MANY * division.total), load).worst
+        if many > settings.high and level <= settings.high:
+            return ""  # budgets that no number of workers can meet
         if present.worst > settings.high:
             return f"{present.words()} is the bottleneck of all workers in service"
+        if level < settings.out_above:
+            return ""
         if signals.infeasible > settings.infeasible:
             return "requests wait that can no longer start in time"
         share = signals.attainment(settings.enough)
