@@ -50,6 +50,8 @@ class BodySettings(Record, frozen=True):
     natural: bool = False
     """No `ignore_eos`, and `max_tokens` far above every answer."""
     natural_max_tokens: int = 2048
+    room: int | None = None
+    """Tokens of prompt and answer together that the server takes, where that is known."""
     usage: bool = True
     """Ask for `stream_options.include_usage`."""
     extra: Mapping[str, Any] = {}
@@ -72,7 +74,7 @@ def make_body(item: Item, *, prompt: bytes, settings: BodySettings) -> bytes:
         "model": settings.model,
         "stream": True,
         "temperature": 0,
-        "max_tokens": settings.natural_max_tokens if settings.natural else item.max_tokens,
+        "max_tokens": _max_tokens(item, settings),
         **settings.extra,
     }
     if not settings.natural:
@@ -86,6 +88,15 @@ def make_body(item: Item, *, prompt: bytes, settings: BodySettings) -> bytes:
     if settings.route is Route.CHAT:
         return start + b',"messages":[{"role":"user","content":' + prompt + b"}]}"
     return start + b',"prompt":' + prompt + b"}"
+
+
+def _max_tokens(item: Item, settings: BodySettings) -> int:
+    if not settings.natural:
+        return item.max_tokens
+    room = settings.natural_max_tokens
+    if settings.room is not None:
+        room = min(room, settings.room - item.prompt_tokens)
+    return max(1, room)
 
 
 def head_maker(*, path: str, host: str, key: str) -> Callable[[int], bytes]:

@@ -28,12 +28,19 @@ from appliance.bench.options import (
     offer_of,
 )
 from appliance.bench.plots import NoPictures
-from appliance.bench.points import Offer, Point, earlier_runs, is_done, points_of
+from appliance.bench.points import (
+    Offer,
+    Point,
+    earlier_runs,
+    is_done,
+    known_calibration,
+    points_of,
+)
 from appliance.bench.progress import Progress
 from appliance.bench.report import BadReport, write_report
 from appliance.bench.session import only_new, policy_of, run_point
 from appliance.bench.tables import capacity_table, class_table, heading
-from appliance.bench.target import BenchError, Target, address_of, probe
+from appliance.bench.target import Address, BenchError, Target, address_of, probe
 from appliance.metrics.document import Document, append_lines, write_document
 from appliance.metrics.score import VOID_LATENESS, Summary
 from appliance.workload.arrivals import ArrivalsError
@@ -49,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     """The command with its arguments; the exit code."""
     parser = argparse.ArgumentParser(
         prog="appliance bench",
-        description="Offer an open-loop workload to a server and score its answers, class by class.",
+        description="Offer an open-loop workload to a server and score its answers by class.",
     )
     add_options(parser)
     return run(parser.parse_args(arguments))
@@ -62,12 +69,17 @@ def run(options: argparse.Namespace) -> int:
         console = Console(highlight=False, soft_wrap=True, width=FILE_WIDTH)
     try:
         offer = offer_of(options)
+        address = address_of(options.url, key=key_of(options))
+        points = points_of(offer, rates=options.rate, loads=options.load, seeds=options.seed)
+    except (BadOptions, BenchError) as error:
+        return _last_line(error, code=BAD_ARGUMENTS)
+    try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            document, void = runner.run(_measure(options, offer, console))
+            document, void = runner.run(
+                _measure(options, offer, address=address, points=points, console=console)
+            )
         if options.report is not None:
             _report(options.report, document, console)
-    except BadOptions as error:
-        return _last_line(error, code=BAD_ARGUMENTS)
     except (BenchError, ArrivalsError, TraceError, BadReport, NoPictures) as error:
         return _last_line(error, code=FAILED)
     return VOID if void else OK
@@ -79,11 +91,14 @@ def _last_line(error: Exception, *, code: int) -> int:
 
 
 async def _measure(
-    options: argparse.Namespace, offer: Offer, console: Console
+    options: argparse.Namespace,
+    offer: Offer,
+    *,
+    address: Address,
+    points: Sequence[Point],
+    console: Console,
 ) -> tuple[Document, bool]:
     """All points that are missing; the document, and whether a run of them is void."""
-    address = address_of(options.url, key=key_of(options))
-    points = points_of(offer, rates=options.rate, loads=options.load, seeds=options.seed)
     pool = Pool(address.url)
     try:
         target = await probe(
@@ -97,7 +112,8 @@ async def _measure(
         policy = options.policy_name or await policy_of(pool, target)
         offer, notes = fitted_offer(offer, target, max_len=options.max_len)
         if options.calibrate:
-            calibration = await calibrate(pool, target)
+            known = known_calibration(options.json) if options.resume else None
+            calibration = await calibrate(pool, target) if known is None else known
             offer = msgspec.structs.replace(offer, calibration=calibration)
         notes = [*target.notes, *notes]
         spec = document_spec(options, offer, target, notes=notes, policy=policy)

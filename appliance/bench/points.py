@@ -135,6 +135,16 @@ def same_point(run: Summary, point: Point, *, policy: str) -> bool:
     return (run.policy, run.load, run.seed) == (policy, point.load, point.seed)
 
 
+def known_calibration(path: Path | None) -> Calibration | None:
+    """The one that the runs of a file were made with: a sweep has one, however often it resumes."""
+    if path is None or not path.exists():
+        return None
+    try:
+        return msgspec.convert(read_document(path).spec.get("relative"), Calibration | None)
+    except (DocumentError, msgspec.ValidationError) as error:
+        raise BenchError(f"{path}: {error}") from error
+
+
 def earlier_runs(path: Path | None, document: Document, *, resume: bool) -> Document:
     """The document to add to: `document`, with the runs that a file has already. Raises
     `BenchError` where the file must not be touched."""

@@ -28,6 +28,10 @@ from appliance.workload.items import Item
 
 PROBE_SECONDS = 60.0
 PROBE_TOKENS = 32
+PROBE_ANSWER = 2
+"""Tokens of prompt and of answer."""
+NATURAL_MAX_TOKENS = 2048
+"""Asked for where the model ends its answers: far above nearly all of them."""
 SCALE_WORDS = (64, 320)
 
 
@@ -93,7 +97,10 @@ async def probe(
     name = str(card.get("id", model))
     length = card.get("max_model_len")
     max_len = length if isinstance(length, int) and length > 0 else None
-    asking = _Asking(pool, address, BodySettings(model=name, route=Route.IDS, natural=natural))
+    first = BodySettings(
+        model=name, route=Route.IDS, natural=natural, natural_max_tokens=PROBE_ANSWER
+    )
+    asking = _Asking(pool, address, first)
     await asking.find_route()
     if asking.settings.route is not Route.IDS:
         await asking.find_scale()
@@ -104,8 +111,9 @@ async def probe(
     if tell_targets:
         notes += await asking.find_targets(slos)
     settings = asking.settings
-    if max_len is not None:
-        settings = msgspec.structs.replace(settings, natural_max_tokens=max(16, max_len // 4))
+    settings = msgspec.structs.replace(
+        settings, natural_max_tokens=NATURAL_MAX_TOKENS, room=max_len
+    )
     return Target(
         address=address,
         settings=settings,
@@ -235,8 +243,8 @@ def _item(slo: Slo, name: str) -> Item:
         at=0.0,
         class_name=name,
         prompt_tokens=PROBE_TOKENS,
-        output_tokens=2,
-        max_tokens=2,
+        output_tokens=PROBE_ANSWER,
+        max_tokens=PROBE_ANSWER,
         slo=slo,
     )
 

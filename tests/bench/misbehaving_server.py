@@ -61,7 +61,9 @@ class Stub:
         self.bodies.append(body)
         self.connections.add(id(request.transport))
         slo = body.get("slo") or {}
-        kind = "chat" if "messages" in body else "ids" if isinstance(body["prompt"], list) else "text"
+        kind = (
+            "chat" if "messages" in body else "ids" if isinstance(body["prompt"], list) else "text"
+        )
         if kind not in self.takes:
             return web.json_response({"error": {"message": f"no {kind}"}}, status=400)
         if self.classes is not None and slo.get("class", "") not in ("", *self.classes):

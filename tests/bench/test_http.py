@@ -1,5 +1,7 @@
 """Responses as bytes, cut anywhere."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from appliance.bench.http import BadResponse, ChunkedBody, PlainBody, parse_head
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     """The data in pieces."""
     marks = sorted({min(place, len(data)) for place in places} | {0, len(data)})
-    return [data[start:end] for start, end in zip(marks, marks[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(marks)]
 
 
 def framed(chunks: list[bytes], *, extension: bytes = b"", trailers: bytes = b"") -> bytes:
@@ -56,9 +58,9 @@ def test_frames_that_make_no_sense_are_named(wire: bytes) -> None:
 
 def test_a_size_line_that_never_ends_is_an_error() -> None:
     body = ChunkedBody()
+    body.feed(b"1" * 60_000)
     with pytest.raises(BadResponse, match="never ends"):
-        for _ in range(100):
-            body.feed(b"1" * 1000)
+        body.feed(b"1" * 60_000)
 
 
 def test_a_plain_body_ends_at_its_length() -> None:

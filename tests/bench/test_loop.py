@@ -1,4 +1,4 @@
-"""The open loop against a server that misbehaves: every request is an outcome, none stops the run."""
+"""The open loop against a server that misbehaves: every request is an outcome."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ def items_of(*classes: str, gap: float = 0.01, tokens: int = 5, max_tokens: int 
 
 
 async def offer(
-    url: str, items: list[Item], *, timeout: float = 30.0, drain: float = 30.0
+    url: str, items: list[Item], *, patience: float = 30.0, drain: float = 30.0
 ) -> list[Outcome]:
     """Outcomes in the order of the items."""
     settings = BodySettings(
@@ -46,7 +46,7 @@ async def offer(
 
     loop = OpenLoop(
         items, requests=requests, pool=pool, on_end=ended,
-        settings=LoopSettings(timeout=timeout, drain=drain),
+        settings=LoopSettings(timeout=patience, drain=drain),
     )  # fmt: skip
     try:
         await loop.run()
@@ -86,7 +86,7 @@ async def test_a_failure_is_an_outcome_with_its_kind_and_the_others_go_on(
 
 async def test_an_answer_that_never_comes_is_given_up() -> None:
     async with Stub({"bad": "never"}).running() as server:
-        bad, good = await offer(server.url, items_of("bad", "a"), timeout=0.3)
+        bad, good = await offer(server.url, items_of("bad", "a"), patience=0.3)
         assert (bad.error, bad.first, bad.finished) == ("timeout", None, False)
         assert good.finished
 

@@ -10,9 +10,7 @@ from appliance.core.types import Slo
 from appliance.workload.items import Item
 
 
-def item(
-    index: int = 0, *, tokens: int, prefix: tuple[int, ...] = (), block: int = 0
-) -> Item:
+def item(index: int = 0, *, tokens: int, prefix: tuple[int, ...] = (), block: int = 0) -> Item:
     return Item(
         index=index, at=0.0, class_name="a", prompt_tokens=tokens, output_tokens=1, max_tokens=1,
         slo=Slo(), prefix=prefix, prefix_block_tokens=block,

@@ -1,5 +1,7 @@
 """Events, cut anywhere, with any line ends."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ places = st.lists(st.integers(0, 400), max_size=30)
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     marks = sorted({min(place, len(data)) for place in places} | {0, len(data)})
-    return [data[start:end] for start, end in zip(marks, marks[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(marks)]
 
 
 @given(payloads, line_ends, places, st.booleans(), st.sampled_from([b"data: ", b"data:"]))

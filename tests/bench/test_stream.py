@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,13 +59,11 @@ def test_a_step_without_a_whole_character_is_a_step_all_the_same() -> None:
 
 
 @given(st.integers(1, 30), st.lists(st.integers(0, 4000), max_size=40))
-def test_the_count_does_not_depend_on_how_the_stream_is_cut(
-    number: int, places: list[int]
-) -> None:
+def test_the_count_does_not_depend_on_how_the_stream_is_cut(number: int, places: list[int]) -> None:
     wire = b"".join(chunk("x") for _ in range(number)) + chunk("", "length", slo={"met": True})
     wire += USAGE % number + DONE
     marks = sorted({min(place, len(wire)) for place in places} | {0, len(wire)})
-    answer = read([wire[a:b] for a, b in zip(marks, marks[1:], strict=False)])
+    answer = read([wire[a:b] for a, b in pairwise(marks)])
     assert len(answer.times) == answer.num_tokens == number
     assert answer.server == {"met": True}
 
