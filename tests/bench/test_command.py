@@ -131,10 +131,8 @@ async def test_targets_can_be_those_of_an_unloaded_server(
     workload = relative_workload
     out = tmp_path / "out.json"
     async with Stub().running() as server:
-        found = await bench(
-            "--url", server.url, "--calibrate", "--json", str(out), *measured(workload)
-        )
-        assert found == 0
+        one = ("--url", server.url, "--calibrate", "--json", str(out))
+        assert await bench(*one, *measured(workload)) == 0
         told = [body["slo"] for body in server.bodies if body.get("slo", {}).get("class") == "a"]
         assert told[-1]["ttft_ms"] != told[0]["ttft_ms"]
         assert "tpot_ms" in told[-1]
