@@ -46,7 +46,7 @@ class Machine(Record, frozen=True, kw_only=True):
     """Further workers that begin parked."""
     num_spares: int = 0
     """Workers that can be started beside those."""
-    max_model_len: int = 8192
+    max_model_len: int = 16384
     max_num_seqs: int = 256
     max_batch_tokens: int = 2048
     depth: int = 0
@@ -157,7 +157,7 @@ def _paced(name: str, profile: Profile, number: int) -> Machine:
         listens=True,
         pipe_seconds=0.0003,
         peer_seconds=0.0002,
-        front_seconds=0.001,
+        front_seconds=0.002,
         copy_path="shared memory",
         copy_bytes_per_second=5e9,
         copy_seconds=0.0003,
@@ -188,7 +188,7 @@ def _cpu(name: str, profile: Profile, number: int) -> Machine:
         listens=False,
         pipe_seconds=0.0003,
         peer_seconds=0.0002,
-        front_seconds=0.001,
+        front_seconds=0.002,
         copy_path="shared memory",
         copy_bytes_per_second=8e9,
         copy_seconds=0.0003,

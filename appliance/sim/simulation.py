@@ -14,6 +14,7 @@ from appliance.sim.machine import Machine
 from appliance.sim.node import Kill, Setting, Tape, VirtualNode
 from appliance.workload.items import Item
 
+MAX_QUEUE, MAX_QUEUE_TOKENS = 10**6, 10**10
 DRAIN_SECONDS = 600.0
 """How long after the last arrival answers may take."""
 
@@ -112,13 +113,16 @@ def simulate(
 def dispatcher_config(
     machine: Machine, ablation: Ablation, base: DispatcherConfig | None = None
 ) -> DispatcherConfig:
-    """The node's bounds: those of the default configuration (or `base`) on this machine."""
+    """The node's bounds on this machine: those of `base`, or the default ones with a queue in which
+    everything finds room (what waits is then the policy's business, as in the live sweeps)."""
     first = machine.num_workers + machine.num_standby
     spares = tuple(
         WorkerSpec(id=WorkerId(first + index), devices=(f"sim:{first + index}",))
         for index in range(machine.num_spares)
     )
-    config = base or DispatcherConfig(max_model_len=machine.max_model_len)
+    config = base or DispatcherConfig(
+        max_model_len=machine.max_model_len, max_queue=MAX_QUEUE, max_queue_tokens=MAX_QUEUE_TOKENS
+    )
     return replace(
         config,
         max_model_len=machine.max_model_len,
