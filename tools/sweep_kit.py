@@ -231,7 +231,7 @@ def _watch(
     """Wait for the client; CPU shares of everybody over the time in which it sends."""
     shares: dict[str, float] = {}
     try:
-        client.wait(seconds)
+        client.wait(max(1.0, seconds - 1.0))
     except subprocess.TimeoutExpired:
         after, took = server_cpu(), time.monotonic() - began
         used = {name: after[name] - before[name] for name in after if name in before}

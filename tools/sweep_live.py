@@ -14,8 +14,9 @@ again; a run that was void (the client was late) is. Ctrl-C ends it after cleani
 command goes on. `--dry-run` says what would be run and how long it takes. Files beside `--out`:
 `NAME.d/` with every outcome, for `tools.sweep_report` (tables, intervals, pictures).
 
-`overload` runs each policy at load 1 and then with three times that for 60 s and half of it
-afterwards. `relative` measures the unloaded server first and makes all targets relative to it.
+`overload` runs each policy at steady loads, to find the goodput of saturation, and then with three
+times the reference for 60 s and half of it afterwards (give the capacity as `--reference`).
+`relative` measures the unloaded server first and makes all targets relative to it.
 """
 
 import argparse
@@ -39,7 +40,14 @@ from tools.sweep_kit import Cores, LiveRun, Plan, Setup, num_workers, read_runs,
 
 START_SECONDS = 6.0
 """What a run takes beside sending and draining, for the first estimate."""
+OVERLOAD_SECONDS = 60.0
 OVERLOAD = "steps:60x3,{rest:g}x0.5"
+DEFAULTS: Mapping[str, tuple[float, tuple[float, ...]]] = {
+    "sweep": (75.0, (0.4, 0.6, 0.8, 1.0, 1.2, 1.5)),
+    "overload": (180.0, (1.0, 1.5, 2.0)),
+    "relative": (75.0, (0.4, 0.6, 0.8, 1.0, 1.2, 1.5)),
+}
+"""Seconds of a run and loads, by mode."""
 
 
 def main() -> None:
@@ -90,8 +98,8 @@ def _plans(options: argparse.Namespace, setup: Setup) -> Iterator[Plan]:
     for choice in parse_choices(options.policies):
         choice.role_tuple(num_workers(setup.devices))
     if options.mode == "overload":
-        rest = setup.seconds - 60.0
-        kinds = [("poisson", 1.0), (OVERLOAD.format(rest=rest), 1.0)]
+        over = OVERLOAD.format(rest=setup.seconds - OVERLOAD_SECONDS)
+        kinds = [*(("poisson", load) for load in options.loads), (over, 1.0)]
     else:
         kinds = [(word, load) for word in options.arrivals for load in options.loads]
         kinds.sort(key=lambda kind: kind[1])
@@ -227,11 +235,11 @@ def _options() -> argparse.Namespace:
     add("--reference", type=float, required=True, help="requests per second at load 1")
     add("--workload", default="five")
     add("--arrivals", type=_words_of, default=("poisson",))
-    add("--loads", type=_numbers, default=(0.4, 0.6, 0.8, 1.0, 1.2, 1.5))
+    add("--loads", type=_numbers)
     add("--seeds", type=_whole, default=(1,))
     add("--more-seeds", type=_whole, default=(), help="at the loads of --more-at")
     add("--more-at", type=_numbers, default=())
-    add("--seconds", type=float, default=75.0)
+    add("--seconds", type=float)
     add("--warm-up", type=float, default=10.0)
     add("--drain", type=float, default=120.0)
     add("--server-cores", type=_whole, default=(0,))
@@ -242,7 +250,11 @@ def _options() -> argparse.Namespace:
     add("--max-len", type=int, default=3072, help="relative: longest prompt and answer")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     add("--dry-run", action="store_true")
-    return parser.parse_args()
+    options = parser.parse_args()
+    seconds, loads = DEFAULTS[options.mode]
+    options.seconds = seconds if options.seconds is None else options.seconds
+    options.loads = loads if options.loads is None else options.loads
+    return options
 
 
 if __name__ == "__main__":

@@ -33,15 +33,18 @@ async def calibrate(pool: Pool, target: Target) -> Calibration:
     for length in lengths:
         pairs = [await _one(pool, target, length, turn) for turn in range(REPEATS)]
         firsts.append(median(first for first, _ in pairs))
-        tokens += [token for _, token in pairs]
+        tokens += [token for _, token in pairs if token is not None]
+    if not tokens:
+        raise BenchError("calibration: no answer had text in two events, so no time per token")
     slope, intercept = linear_regression([float(length) for length in lengths], firsts)
     slope = max(0.0, slope)
     rest = intercept if slope else median(firsts)
     return Calibration(a=max(0.0, rest), b=slope, tpot0=median(tokens))
 
 
-async def _one(pool: Pool, target: Target, length: int, turn: int) -> tuple[float, float]:
-    """Seconds to the first token, and per token after it."""
+async def _one(pool: Pool, target: Target, length: int, turn: int) -> tuple[float, float | None]:
+    """Seconds to the first token, and per token after it; None if all text came in one event (a
+    small model may go on with tokens that have none)."""
     item = Item(
         index=turn,
         at=0.0,
@@ -57,10 +60,12 @@ async def _one(pool: Pool, target: Target, length: int, turn: int) -> tuple[floa
     request = target.address.head(settings.route.path)(len(body)) + body
     sent = perf_counter()
     answer = await ask(pool, request)
-    if not answer.finished or len(answer.times) < 2:
+    if not answer.finished or not answer.times:
         raise BenchError(
             f"calibration: a prompt of {length} tokens was not answered with {OUTPUT_TOKENS} "
-            f"({answer.error or 'too few'}: {answer.message})"
+            f"({answer.error or 'none came'}: {answer.message})"
         )
     first, last = answer.times[0], answer.times[-1]
+    if len(answer.times) < 2:
+        return first - sent, None
     return first - sent, (last - first) / (max(answer.num_tokens, 2) - 1)
