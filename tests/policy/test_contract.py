@@ -19,7 +19,7 @@ from tests.core.node_world import World
 from tests.core.test_dispatched_properties import storm
 from tests.core.test_node_properties import check, tasks
 from tests.core.whole_node import Setting
-from tests.policy.dressed import dress, serve, traffic
+from tests.policy.dressed import SLOS, dress, serve, traffic
 
 NAMES = sorted(POLICIES)
 READS_MAX_TOKENS = {
@@ -63,7 +63,16 @@ def test_admission_answers_with_accept_or_a_reason(policy: Policy) -> None:
 
 def test_order_invents_and_repeats_nobody(policy: Policy) -> None:
     node = busy(policy)
-    queue: list[Request] = [request(n, arrived=100.0 + n / 7, prompt=n) for n in range(60, 80)]
+    for number in range(60, 80):
+        node.arrive(number, prompt=number, slo=SLOS[number % len(SLOS)])
+    waiting: dict[int, Request] = {}
+    for each, came in node.core.view.queue_changes(0).changes:
+        if came:
+            waiting[each.id] = each
+        else:
+            del waiting[each.id]
+    queue = list(waiting.values())
+    assert len(queue) > 20
     before = list(queue)
     ordered = list(policy.dispatch.order(queue, node.core.view, node.now))
     assert queue == before, "the queue is not the policy's to change"
@@ -218,10 +227,11 @@ def test_nobody_starves_below_saturation(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_request_is_done_soon_after_an_overload_ends(name: str) -> None:
-    """Twice what the node can do: the backlog takes about as long as its work."""
+    """Twice what the node can do: the backlog takes about as long as its work. (A step lasts the
+    same here whatever it computes, so whoever bounds it by budgets pays without a return.)"""
     work = traffic(5, num_tasks=200, rate=230.0)
     node = serve(setting_for(name), work)
-    assert max(node.done.values()) < 1.5 * 200 / 115
+    assert max(node.done.values()) < 2.0 * 200 / 115
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(READS_MAX_TOKENS)))
