@@ -35,6 +35,7 @@ from appliance.bench.points import (
     is_done,
     known_calibration,
     points_of,
+    slos_of,
 )
 from appliance.bench.progress import Progress
 from appliance.bench.report import BadReport, write_report
@@ -44,7 +45,6 @@ from appliance.bench.target import Address, BenchError, Target, address_of, prob
 from appliance.metrics.document import Document, append_lines, write_document
 from appliance.metrics.score import VOID_LATENESS, Summary
 from appliance.workload.arrivals import ArrivalsError
-from appliance.workload.spec import class_slos
 from appliance.workload.traces import TraceError
 
 FILE_WIDTH = 120
@@ -104,7 +104,7 @@ async def _measure(
         target = await probe(
             pool,
             address,
-            slos=class_slos(offer.spec),
+            slos=slos_of(offer, points),
             model=options.model,
             natural=options.natural,
             tell_targets=not options.no_slo,

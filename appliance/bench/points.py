@@ -6,13 +6,13 @@ from pathlib import Path
 import msgspec
 
 from appliance.bench.target import BenchError
-from appliance.core.types import Record
+from appliance.core.types import Record, Slo
 from appliance.metrics.document import Document, DocumentError, read_document
 from appliance.metrics.score import Summary
 from appliance.workload.arrivals import parse_arrivals
 from appliance.workload.generate import generate
 from appliance.workload.items import Item
-from appliance.workload.spec import Calibration, WorkloadSpec
+from appliance.workload.spec import Calibration, WorkloadSpec, class_slos
 from appliance.workload.trace_rows import TraceRow
 from appliance.workload.traces import trace_items
 
@@ -123,6 +123,13 @@ def items_of(offer: Offer, point: Point) -> tuple[list[Item], tuple[float, float
             f"the run takes {end:g} s and --warm-up {offer.warm_up:g} s of it: nothing is left"
         )
     return items, (offer.warm_up, end)
+
+
+def slos_of(offer: Offer, points: Sequence[Point]) -> dict[str, Slo]:
+    """Targets of each class that is offered, those of a trace's own classes included: one of each,
+    for asking the server whether it takes them."""
+    rows = items_of(offer, points[0])[0] if offer.rows else []
+    return {**{item.class_name: item.slo for item in rows}, **class_slos(offer.spec)}
 
 
 def is_done(point: Point, runs: Sequence[Summary], *, policy: str) -> bool:

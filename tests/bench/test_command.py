@@ -1,6 +1,7 @@
 """The command itself: what it measures, writes, skips and ends with."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,25 @@ def relative_workload(tmp_path: Path) -> str:
     path = tmp_path / "relative.toml"
     words = 'ttft_ms = 5000\nrelative_ttft = "loose"\nrelative_tpot = "loose"'
     path.write_text(WORKLOAD.replace("ttft_ms = 5000", words))
+    return str(path)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> str:
+    """Eight requests in a second with a class of their own and a shared block of eight tokens."""
+    path = tmp_path / "trace.jsonl"
+    rows = [
+        {
+            "arrival_s": place / 8,
+            "prompt_tokens": 16,
+            "output_tokens": 3,
+            "prefix_ids": [1, 2 + place],
+            "class": "own",
+            "slo": {"ttft_ms": 4000},
+        }
+        for place in range(8)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
 
 
@@ -89,6 +109,23 @@ async def test_natural_ends_ask_for_more_than_any_answer_has(workload: str) -> N
         sent = [body for body in server.bodies if body["max_tokens"] != 2]
         assert all("ignore_eos" not in body for body in server.bodies)
         assert {body["max_tokens"] for body in sent} == {44}
+
+
+async def test_a_trace_is_played_with_its_own_classes_targets_and_prefixes(
+    workload: str, tmp_path: Path, trace: str
+) -> None:
+    out = tmp_path / "out.json"
+    async with Stub().running() as server:
+        one = ("--url", server.url, "--workload", workload, "--trace", trace, "--warm-up", "0")
+        assert await bench(*one, "--load", "2", "--json", str(out)) == 0
+        sent = [body for body in server.bodies if body["max_tokens"] == 3]
+        assert len(sent) == 8
+        assert {body["slo"]["class"] for body in sent} == {"own"}
+        assert {body["slo"]["ttft_ms"] for body in sent} == {4000.0}
+        assert len({tuple(body["prompt"][:8]) for body in sent}) == 1
+        assert len({tuple(body["prompt"]) for body in sent}) == 8
+    (run,) = read_document(out).runs
+    assert (run.load, run.offered, run.arrivals) == (2, 8, "trace")
 
 
 async def test_refusals_are_counted_by_kind_and_do_not_stop_the_run(
