@@ -152,8 +152,7 @@ class Dispatcher:
 
     def instance_seconds(self, now: float) -> float:
         """What the workers have cost until now (see `Traffic.instance_seconds`)."""
-        self._state.charge(now)
-        return self._state.totals.instance_seconds
+        return self._state.charged(now)
 
     def last_cause(self, worker: WorkerId) -> str:
         """What the worker's last death, or failed start, was put down to; empty if there was
@@ -207,6 +206,7 @@ class Dispatcher:
             end_hopeless(state, now)
         if self._policy.roles is not None:
             self._steering.step(self._policy.roles, now)
+            self._life.start_due(now)
         self._mover.step(now)
         self._flipper.step(now)
         if state.has_roles:

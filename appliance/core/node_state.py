@@ -116,13 +116,14 @@ class NodeState:
 
     def charge(self, now: float) -> None:
         """Count the time since the last call for every worker that costs something."""
-        passed = 0.0 if self._charged is None else now - self._charged
+        self.totals.instance_seconds = self.charged(now)
         self._charged = now
-        if passed > 0.0:
-            for slot in self.slots.values():
-                if slot.costs:
-                    slot.instance_seconds += passed
-                    self.totals.instance_seconds += passed
+
+    def charged(self, now: float) -> float:
+        """What the workers have cost until now."""
+        passed = 0.0 if self._charged is None else max(0.0, now - self._charged)
+        number = sum([slot.costs for slot in self.slots.values()])
+        return self.totals.instance_seconds + passed * number
 
     def note_roles(self) -> None:
         """Whoever changes a role, or who is on standby, calls this."""

@@ -88,8 +88,6 @@ class WorkerSlot:
         """Live requests that it was told to forget, and has not yet."""
         self.moved_out = 0
         """Sequences that went on elsewhere, ever."""
-        self.instance_seconds = 0.0
-        """Time that it was not on standby, nor quarantined."""
         self.moves_refused = 0
         self.moves_after = 0.0
         """It refused to take part in a move: not asked again before this time."""

@@ -30,6 +30,7 @@ def state_document(node: "Node", now: float) -> dict[str, Any]:
         "moves": [_move(move, now) for move in node.moves.under_way.values()],
         "transfers": _transfers(node),
         "queue": {"waiting": view.num_waiting, "tokens": view.waiting_tokens},
+        "spares": view.num_spares,
         "totals": {
             "live": node.dispatcher.num_live,
             "submitted": stats.submitted,
@@ -40,6 +41,7 @@ def state_document(node: "Node", now: float) -> dict[str, Any]:
             "cached_tokens": stats.cached_tokens,
             "emitted_tokens": stats.emitted_tokens,
             "replaced": stats.replaced,
+            "instance_seconds": node.dispatcher.instance_seconds(now),
             "trials": node.dispatcher.num_trials,
             "acquitted": node.dispatcher.num_acquitted,
         },
