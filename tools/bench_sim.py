@@ -27,7 +27,7 @@ from appliance.sim.sweep import Sweep, items_of, reference_for
 from appliance.workload.spec import load_spec
 
 PARTS = (
-    "sim", "core/step_model", "core/planning", "core/committing", "core/blocks", "core/pool",
+    "sim", "core/step_", "core/planning", "core/committing", "core/blocks", "core/pool",
     "core/batcher", "core/dispatcher", "core", "policy", "metrics", "workload",
 )  # fmt: skip
 """Parts of the code that times are given for; the first that fits counts."""
