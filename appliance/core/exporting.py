@@ -278,6 +278,8 @@ class Exporter:
             num_emitted=seq.num_emitted,
             cached_tokens=seq.cached_tokens or 0,
             stopped_at=stopped_at or 0.0,
+            first_token_at=seq.first_token_at,
+            emitted_before=seq.emitted_before,
             checksums=() if checksum is None else tuple([checksum(block) for block in blocks]),
         )
         export.offered += len(blocks)

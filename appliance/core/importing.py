@@ -366,7 +366,8 @@ class Importer:
         seq.num_known = seq.request.prompt_tokens + final.num_emitted
         seq.hashes = list(each.hashes)
         seq.cached_tokens = final.cached_tokens
-        seq.first_token_at = now
+        seq.first_token_at = now if final.first_token_at is None else final.first_token_at
+        seq.emitted_before = final.emitted_before
         ledger.register(table, seq.hashes, final.num_tokens // ledger.block_tokens)
         self._forget(each)
         self._queues.num_reserved -= 1

@@ -37,7 +37,9 @@ class Offered(Tagged, frozen=True, kw_only=True):
     `num_tokens` tokens of KV are in place, counted from the first of the sequence. With `final`
     the source has stopped: the last block may be partly filled, and the payload beside the message
     is the little-endian int32 ids of all tokens emitted so far, of which there are `num_emitted`;
-    `stopped_at` is when. `checksums` (test mode) are of whole blocks, in order; empty otherwise."""
+    `stopped_at` is when. `first_token_at` is when token number `emitted_before` (0 is the first of
+    all) came, from which its budgets are counted. `checksums` (test mode) are of whole blocks, in
+    order; empty otherwise."""
 
     move: MoveId
     first: int
@@ -48,6 +50,8 @@ class Offered(Tagged, frozen=True, kw_only=True):
     num_emitted: int = 0
     cached_tokens: int = 0
     stopped_at: float = 0.0
+    first_token_at: float | None = None
+    emitted_before: int = 0
     checksums: tuple[int, ...] = ()
 
 

@@ -22,10 +22,14 @@ from appliance.policy.hyperflexis_budget import (
     first_token_due,
     has_targets,
 )
+from appliance.policy.parts import num_sure
 
 OLDEST_SHARE = 16
 """Before waiting prompts overtake running ones, one of these gets one part in so many of the chunk:
 whatever becomes of those that wait, the step is not empty."""
+CATCH_UP = 128
+"""Tokens within which an answer that is behind its schedule must be able to catch up; one that is
+not does not hold up the prompts of others any more."""
 PROBE = 512
 """Prompt tokens of the step that stands for all when seconds per token are wanted."""
 
@@ -76,6 +80,7 @@ class HyperflexisStep:
         seqs, slacks, context = decodes.seqs, decodes.slacks, 0
         least = tight = math.inf
         each, target = self._settings.tpot == "each", self._settings.anchor == "target"
+        fastest = view.steps.seconds(decodes=1, context_tokens=1)
         for seq in view.running:
             if stale and seq.id in stale:
                 continue
@@ -86,16 +91,18 @@ class HyperflexisStep:
             slack, slo, first = math.inf, seq.slo, seq.first_token_at
             tpot = slo.tpot
             if tpot is not None and first is not None:
-                arrived, ttft = seq.request.arrived, slo.ttft
-                if ttft is None or first <= arrived + ttft:  # otherwise it is late as it is
-                    if each:
-                        slack = tpot
+                arrived, ttft, before = seq.request.arrived, slo.ttft, seq.emitted_before
+                # that its first token was late is known only where that was emitted
+                if ttft is None or before or first <= arrived + ttft:
+                    start = arrived + ttft if target and ttft is not None and not before else first
+                    planned = seq.num_known - seq.request.prompt_tokens
+                    slack = start + (planned - before) * tpot - now
+                    if slack < 0.0 and _is_lost(-slack, tpot=tpot, step=fastest):
+                        slack = math.inf
                     else:
-                        start = arrived + ttft if target and ttft is not None else first
-                        planned = seq.num_known - seq.request.prompt_tokens
-                        slack = start + (planned - seq.emitted_before) * tpot - now
-                    least = min(least, slack)
-                    tight = min(tight, tpot)
+                        slack = tpot if each else slack
+                        least = min(least, slack)
+                        tight = min(tight, tpot)
             seqs.append(seq)
             slacks.append(slack)
         decodes.context, decodes.least, decodes.tight = context, least, tight
@@ -164,7 +171,10 @@ class HyperflexisStep:
                     most=left,
                 )
                 left = min(left, max(chunk, LEAST_CHUNK))
-        if running and first.num_computed == 0 and first not in running:
+        here = {seq.id for seq in running}
+        if running and first.id not in here:
+            if not num_sure(view, [first], running):  # those that are here do not wait for it
+                ordered.sort(key=lambda seq: seq.id not in here)
             share = max(1, left // OLDEST_SHARE)  # its admission may fail, that of others with it
             left -= _grant(running[0], share, grants)
             ordered = [seq for seq in ordered if seq is not running[0]]
@@ -230,6 +240,12 @@ class HyperflexisStep:
         if not self._settings.priority:
             return candidates[-1].id
         return max(reversed(candidates), key=looseness).id
+
+
+def _is_lost(behind: float, *, tpot: float, step: float) -> bool:
+    """Whether an answer that is so many seconds behind will not catch up, however short steps
+    are."""
+    return behind > CATCH_UP * max(0.0, tpot - step)
 
 
 def _grant(seq: SeqView, most: int, grants: list[Grant]) -> int:
