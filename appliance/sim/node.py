@@ -65,6 +65,9 @@ ORIGIN = 1.0
 MIN_DELAY = 0.001
 """Of a timer of the node, as in the live one."""
 
+REMEMBERED = 60.0
+"""Seconds that the world remembers a request that has ended: commands may be on their way."""
+
 Tape = list[tuple[float, Input, list[Output]]]
 """What the Dispatcher heard and said, with the time."""
 
@@ -88,6 +91,8 @@ class Setting(Record, frozen=True, kw_only=True):
     """Requests do not say what they need (an ablation)."""
     validate: bool = False
     kills: tuple[Kill, ...] = ()
+    script: tuple[tuple[float, Input], ...] = ()
+    """What the Dispatcher hears beside everything else (operators, cancels), by time of the run."""
 
 
 class VirtualNode:
@@ -142,6 +147,8 @@ class VirtualNode:
         self._next_arrival()
         for kill in self.setting.kills:
             self.events.at(ORIGIN + kill.at, self._kill, kill.worker)
+        for at, message in self.setting.script:
+            self.events.at(ORIGIN + at, self._hear, message)
         total = len(self._items)
         self.events.run(lambda: len(self.outcomes) < total, until=ORIGIN + until)
         for client in self._clients.values():
@@ -214,8 +221,11 @@ class VirtualNode:
 
     def _over(self, request_id: RequestId, end: Ended | Reject) -> None:
         client = self._clients.pop(request_id)
-        del self._truths[request_id]
+        self.events.later(REMEMBERED, self._forget, request_id)
         self.outcomes.append(client.outcome(end, origin=ORIGIN, delay=self.machine.front_seconds))
+
+    def _forget(self, request_id: RequestId) -> None:
+        del self._truths[request_id]
 
     # --- the Dispatcher -------------------------------------------------------------------------
 

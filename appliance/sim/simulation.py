@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from appliance.core.messages import Input
 from appliance.core.node_config import DispatcherConfig
 from appliance.core.slots import Policy
 from appliance.core.types import BatcherConfig, Record, WorkerId, WorkerSpec
@@ -68,6 +69,7 @@ def simulate(
     validate: bool = False,
     ablation: Ablation | None = None,
     kills: Sequence[Kill] = (),
+    script: Sequence[tuple[float, Input]] = (),
     drain_seconds: float = DRAIN_SECONDS,
     tape: Tape | None = None,
     dispatcher: DispatcherConfig | None = None,
@@ -75,8 +77,9 @@ def simulate(
     """Let `items` (sorted by their times) be served on `machine` by this policy.
 
     Equal arguments give equal results, to the bit. `seed` is that of the step times. `validate`
-    checks the laws after every message and step (slow: for small machines). `tape` records what the
-    Dispatcher hears and says. Raises `PolicySettingsError` for roles that do not fit the machine.
+    checks the laws after every message and step (slow: for small machines). `kills` and `script`
+    say what else happens when. `tape` records what the Dispatcher hears and says. Raises
+    `PolicySettingsError` for roles that do not fit the machine.
     """
     ablation = ablation or Ablation()
     policy = _without(choice.make(), ablation)
@@ -89,6 +92,7 @@ def simulate(
         blind=ablation.budgets,
         validate=validate,
         kills=tuple(kills),
+        script=tuple(script),
     )
     node = VirtualNode(setting, policy, items=items, tape=tape)
     last = items[-1].at if items else 0.0

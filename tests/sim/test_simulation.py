@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from appliance.core.asks import ParkAsked, RolesAsked, WakeAsked
 from appliance.core.dispatcher import Dispatcher
-from appliance.core.messages import Arrived, Assign
+from appliance.core.messages import Arrived, Assign, Cancelled, Input
 from appliance.core.profiles import PROFILES
-from appliance.core.types import WorkerId
+from appliance.core.types import RequestId, Role, WorkerId
 from appliance.policy import POLICIES
 from appliance.policy.choice import parse_choice
 from appliance.sim.machine import UnknownMachine, parse_machine
@@ -36,13 +37,41 @@ def test_every_item_ends_once_and_the_laws_hold_under_every_policy(name: str) ->
             assert item.at < outcome.first <= outcome.last
 
 
-def test_hand_offs_move_and_the_controller_flips() -> None:
-    items = some_items(90)
-    handed = run("fcfs@1P2D", items, small_machine())
+def test_hand_offs_move_and_workers_are_woken_when_they_are_needed() -> None:
+    handed = run("fcfs@1P2D", some_items(90), small_machine())
     assert handed.extras.moves > 20
-    assert {each.workers for each in handed.outcomes if len(each.workers) > 1}
-    auto = run("fcfs@auto", some_items(400, rate=200), small_machine(4, num_standby=1))
+    assert any(len(each.workers) > 1 for each in handed.outcomes)
+    auto = run("fcfs@auto", some_items(200, rate=200), small_machine(3, num_standby=1))
     assert all(each.finished for each in auto.outcomes)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "hyperflexis"])
+def test_answers_survive_flips_parks_and_cancels(policy: str) -> None:
+    items = sharing(some_items(120, rate=120))
+    prefill, decode = Role.PREFILL, Role.DECODE
+    there = ((WorkerId(0), decode), (WorkerId(1), prefill))
+    back = ((WorkerId(0), prefill), (WorkerId(1), decode))
+    script: list[tuple[float, Input]] = [
+        (0.15 * turn, RolesAsked(ask=turn, roles=there if turn % 2 else back))
+        for turn in range(1, 9)
+    ]
+    script += [
+        (0.2, ParkAsked(ask=91, worker=WorkerId(2))),
+        (0.9, WakeAsked(ask=92, worker=WorkerId(2))),
+        (0.3, Cancelled(request_id=RequestId(5))),
+        (0.5, Cancelled(request_id=RequestId(55))),
+    ]
+    kills = [Kill(at=0.62, worker=WorkerId(1))]
+    result = run(f"{policy}@1P3D", items, small_machine(4), script=script, kills=kills)
+    assert result.extras.flips >= 6
+    assert result.extras.moves > 20
+    assert [each.index for each in result.outcomes] == [each.index for each in items]
+    whole = [
+        each.num_tokens == min(item.output_tokens, item.max_tokens) and each.finished
+        for each, item in zip(result.outcomes, items, strict=True)
+    ]
+    assert len(items) - sum(whole) <= 2
+    assert {each.error for each in result.outcomes} <= {"", "cancelled"}
 
 
 def test_answers_survive_killed_workers() -> None:
