@@ -41,7 +41,7 @@ async def load_until(server: Any, streaming: Any, work: Any, reached: Any) -> in
             count += 1
 
     try:
-        await asyncio.gather(*(client(index) for index in range(80)))
+        await asyncio.gather(*(client(index) for index in range(30)))
     finally:
         waiting.cancel()
     await waiting
@@ -54,14 +54,21 @@ async def test_a_standby_worker_is_woken_by_load_serves_and_is_parked_when_it_is
     server = serve(
         *("--devices", "paced:2@fixed-20ms", "--validate"),
         *("--set", "standby.workers=1", "--set", "roles.scale=on"),
-        *("--set", "standby.min_workers=2", "--set", "batch.max_num_seqs=16"),
+        *(
+            "--set",
+            "standby.min_workers=2",
+            "--set",
+            "batch.max_num_seqs=8",
+            "--set",
+            "kv.memory=256KiB",
+        ),
         *("--set", "roles.settings={in_hold = 2.0, window = 2.0}"),
         workers=2,
     )
     assert state_of(server, 2) == "parked"
     work = requests(16, tokens=24)
     answers = await load_until(server, streaming, work, until(server, 2, "ready"))
-    assert answers >= 80
+    assert answers >= 30
     (wake, *_) = reversed(await decided(session, server, "wake"))
     assert (wake["by"], wake["workers"], wake["outcome"]) == ("controller", [2], "done")
     assert wake["cost"] > 0
@@ -94,7 +101,14 @@ async def test_a_worker_is_started_when_all_others_do_not_suffice(
     server = serve(
         *("--devices", "paced:1@fixed-20ms", "--validate"),
         *("--set", "standby.add=1", "--set", "roles.scale=on"),
-        *("--set", "batch.max_num_seqs=16", "--set", "roles.settings={window = 2.0}"),
+        *(
+            "--set",
+            "batch.max_num_seqs=8",
+            "--set",
+            "kv.memory=256KiB",
+            "--set",
+            "roles.settings={window = 2.0}",
+        ),
         workers=1,
     )
     assert state_of(server, 1) is None
