@@ -176,5 +176,8 @@ class Policy(Record, frozen=True, kw_only=True):
     name: str
     dispatch: DispatchSlots
     batch: BatchSlots
+    chunk: int | None = None
+    """How many prompt tokens `fill` puts beside decodes, for those who predict what roles would do:
+    None for full steps, 0 where it fits them into the slack of the decodes."""
     uses_priority: bool = False
     """Whether it looks at `Request.priority`; otherwise clients are told that it is ignored."""

@@ -53,4 +53,5 @@ def make_policy(
     policy = factory(settings)
     if roles is None:
         return policy
-    return replace(policy, dispatch=replace(policy.dispatch, roles=role_controller(roles)))
+    controller = role_controller(roles, chunk=policy.chunk)
+    return replace(policy, dispatch=replace(policy.dispatch, roles=controller))

@@ -27,4 +27,4 @@ def all_mixed(settings: Mapping[str, object]) -> Policy:
     """The policy. Raises `PolicySettingsError` for a setting it does not have."""
     known = read_settings(AllMixedSettings, settings, policy="all-mixed")
     batch = BatchSlots(victim=victim_latest, fill=fill_chunked(chunk=known.chunk))
-    return Policy(name="all-mixed", dispatch=slots(), batch=batch)
+    return Policy(name="all-mixed", dispatch=slots(), batch=batch, chunk=known.chunk)

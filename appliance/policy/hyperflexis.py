@@ -40,4 +40,5 @@ def hyperflexis(settings: Mapping[str, object]) -> Policy:
             migrate=Migrator(known) if known.migrate else None,
         ),
         batch=BatchSlots(victim=step.victim, fill=step.fill),
+        chunk=0,
     )
