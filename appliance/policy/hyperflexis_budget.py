@@ -30,7 +30,7 @@ class HyperflexisSettings(msgspec.Struct, frozen=True, kw_only=True):
     """False: first come, first served, at the node and in a step."""
     migrate: bool = True
     """False: no answer moves to balance the node."""
-    order: Literal["slack", "deadline", "density"] = "slack"
+    order: Literal["slack", "deadline", "density"] = "deadline"
     """What the most urgent of the feasible requests is: the one that has to start first, the one
     that is due first, or the one with the greatest value per second of work."""
     overload: Literal["shed", "density", "none"] = "shed"
@@ -59,6 +59,8 @@ class HyperflexisSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after which a request without targets should have begun."""
     fairness: Annotated[float, msgspec.Meta(ge=0.0)] = 4.0
     """How much a class gains in value when more of it than of others has been given up; 0: not."""
+    forecast: Share = 0.0
+    """What is held back also makes room for what is expected to arrive and to be due earlier."""
     length_quantile: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.8
     """Of the answers of a class: the length that memory and end-to-end budgets are planned for."""
 

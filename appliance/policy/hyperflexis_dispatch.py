@@ -17,6 +17,7 @@ from typing import NamedTuple
 from appliance.core.slots import Late
 from appliance.core.types import OnMiss, Phase, Request, RequestId, Role, WorkerId
 from appliance.core.view import NodeView
+from appliance.policy.hyperflexis_arrivals import Arrivals
 from appliance.policy.hyperflexis_budget import HyperflexisSettings, first_token_due, has_targets
 from appliance.policy.hyperflexis_decode import place_decode
 from appliance.policy.hyperflexis_queue import Entry, Lanes
@@ -28,7 +29,7 @@ TICK = 0.025
 """While something is held, the node looks again after so many seconds at most."""
 BATCH = 4
 """Requests that `order` names at a time; it is asked again when one of them was placed."""
-GRACE = 0.02
+GRACE = -0.03
 """Share of the time that is left by which a first token may be predicted late."""
 RELEARN = 1.0
 """Seconds after which lengths of answers are looked up again."""
@@ -55,6 +56,7 @@ class HyperflexisDispatch:
         self._mark = 0
         self._plan_at = -math.inf
         self._given_up: dict[str, float] = {}
+        self._coming = Arrivals()
         self._answers: dict[str, Answer] = {}
 
     # --- slots ----------------------------------------------------------------------------------
@@ -146,6 +148,8 @@ class HyperflexisDispatch:
         if view.is_demoted(request.id):
             entry.lane = "lane"
         self._lanes.add(entry)
+        if request.slo.ttft is not None and self._settings.forecast:
+            self._coming.note(request.slo.ttft, tokens, now)
 
     def _learn_answer(self, view: NodeView, class_name: str, now: float) -> None:
         known = self._answers.get(class_name)
@@ -221,13 +225,13 @@ class HyperflexisDispatch:
         head = lanes.head
         if workers.rate <= 1.0 or (head is None and not lanes.num_shed):
             return
-        ahead = workers.remaining / workers.rate
         lanes.plan(
             now,
             rate=workers.rate,
             serial=workers.serial,
-            ahead=ahead,
+            begun=workers.begun(),
             value=self._values(),
+            coming=[(b, r * self._settings.forecast) for b, r in self._coming.rates(now)],
         )
 
     def _values(self) -> dict[str, float]:

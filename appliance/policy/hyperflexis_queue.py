@@ -5,13 +5,13 @@ rest of the main lane can be in time; comes back when there is room), *lane* (be
 cannot be in time any more, the oldest first).
 
 Shedding is Moore's algorithm (Management Science 15(1), 1968) with values: walk along the due
-times, add up the work, and whenever somebody would be late hold back the one with the least value per
-second among those before. With equal values it leaves the fewest late; pure density order forgets
-that what is cheap may also be in no hurry."""
+times, add up the work, and whenever somebody would be late hold back the one with the least value
+per second among those before. With equal values it leaves the fewest late; pure density order
+forgets that what is cheap may also be in no hurry."""
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from appliance.core.types import Request, RequestId
@@ -68,7 +68,6 @@ class Lanes:
         self._lane: list[tuple[float, RequestId]] = []
         self._start_by: list[tuple[float, RequestId]] = []
         """Of main and shed, by latest start."""
-        self.main_tokens = 0
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -91,7 +90,6 @@ class Lanes:
         insort(self._main, (entry.key, entry.id))
         insort(self._start_by, (entry.start_by, entry.id))
         entry.lane = "main"
-        self.main_tokens += entry.tokens
 
     def remove(self, request_id: RequestId) -> Entry | None:
         """It is gone; None if it was not here."""
@@ -103,8 +101,6 @@ class Lanes:
             return entry
         _take(self._main if entry.lane == "main" else self._shed, (entry.key, entry.id))
         _take(self._start_by, (entry.start_by, entry.id))
-        if entry.lane == "main":
-            self.main_tokens -= entry.tokens
         return entry
 
     def demote(self, entry: Entry) -> None:
@@ -142,58 +138,84 @@ class Lanes:
     # --- overload -------------------------------------------------------------------------------
 
     def plan(
-        self, now: float, *, rate: float, serial: float, ahead: float, value: dict[str, float]
+        self,
+        now: float,
+        *,
+        rate: float,
+        serial: float,
+        begun: Iterable[tuple[float, int]],
+        value: Mapping[str, float],
+        coming: Sequence[tuple[float, float]] = (),
     ) -> None:
         """Decide anew who is held back. `rate`: prompt tokens per second of all workers together,
-        `serial` of one; `ahead`: seconds of work that they have already; `value`: of a class,
-        beside its weight (1 where it is not named)."""
+        `serial` of one; `begun`: (due, tokens to compute) of what is at workers already; `value`:
+        of a class, beside its weight (1 where it is not named); `coming`: (budget for the first
+        token, prompt tokens per second) of what is expected to arrive."""
         entries = self.entries
         if self._shed:
             for row in self._shed:
                 entries[row[1]].lane = "main"
-                self.main_tokens += entries[row[1]].tokens
             self._main = list(heapq.merge(self._main, self._shed))
             self._shed = []
         if not self._main or rate <= 0.0:
             return
-        walk = sorted((entries[id_].due, id_) for _, id_ in self._main[:LIMIT])
-        out = set(_moore(now, walk, entries, rate=rate, serial=serial, ahead=ahead, value=value))
+        walk: list[tuple[float, int, Entry | None]] = [
+            (entry.due, entry.tokens, entry)
+            for entry in [entries[id_] for _, id_ in self._main[:LIMIT]]
+            if entry.due - now <= HORIZON
+        ]
+        walk += [(due, tokens, None) for due, tokens in begun]
+        walk.sort(key=_due)
+        found = _moore(now, walk, rate=rate, serial=serial, value=value, coming=coming)
+        out = {entry.id for entry in found}
         if not out:
             return
         self._shed = [row for row in self._main if row[1] in out]
         self._main = [row for row in self._main if row[1] not in out]
         for id_ in out:
             entries[id_].lane = "shed"
-            self.main_tokens -= entries[id_].tokens
+
+
+def _due(row: tuple[float, int, Entry | None]) -> float:
+    return row[0]
 
 
 def _moore(
     now: float,
-    walk: Iterable[tuple[float, RequestId]],
-    entries: dict[RequestId, Entry],
+    walk: Iterable[tuple[float, int, Entry | None]],
     *,
     rate: float,
     serial: float,
-    ahead: float,
-    value: dict[str, float],
-) -> Iterator[RequestId]:
-    """Whom to hold back."""
-    seconds = ahead
-    heap: list[tuple[float, RequestId]] = []
-    for due, id_ in walk:
+    value: Mapping[str, float],
+    coming: Sequence[tuple[float, float]],
+) -> Iterator[Entry]:
+    """Whom to hold back. What has no entry has begun and stays. What arrives meanwhile and is due
+    before the one in hand will go before it."""
+    seconds = 0.0
+    alone = 1.0 / serial - 1.0 / rate
+    heap: list[tuple[float, RequestId, Entry]] = []
+    for due, tokens, entry in walk:
+        seconds += tokens / rate
+        if entry is None:
+            continue
         left = due - now
-        if left > HORIZON:
-            break
-        entry = entries[id_]
-        density = entry.weight * value.get(entry.name, 1.0) / entry.tokens
-        heapq.heappush(heap, (density, id_))
-        seconds += entry.tokens / rate
-        while heap and seconds - entry.tokens / rate + entry.tokens / serial > left:
-            _, least = heapq.heappop(heap)
-            seconds -= entries[least].tokens / rate
-            yield least
-            if least == id_:
-                break
+        latest = left - tokens * alone
+        for budget, tokens_per_second in coming:
+            if left > budget:
+                latest -= (left - budget) * tokens_per_second / rate
+        density = entry.weight * value.get(entry.name, 1.0) / tokens
+        if seconds > latest:
+            if heap and heap[0][0] < density:
+                other = heap[0][2]
+                if seconds - other.tokens / rate <= latest:
+                    heapq.heapreplace(heap, (density, entry.id, entry))
+                    seconds -= other.tokens / rate
+                    yield other
+                    continue
+            seconds -= tokens / rate
+            yield entry
+            continue
+        heapq.heappush(heap, (density, entry.id, entry))
 
 
 def _take(rows: list[tuple[float, RequestId]], row: tuple[float, RequestId]) -> None:

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 from appliance.core.lifecycle import WorkerState
-from appliance.core.types import Request, RequestId, Role, WorkerId
+from appliance.core.types import Request, Role, WorkerId
 from appliance.core.view import NodeView, WorkerView
 from appliance.policy.hyperflexis_budget import HyperflexisSettings, Pace, pace
 
@@ -86,8 +86,6 @@ class Workers:
         """Prompt tokens per second of those that are meant for prompts, together."""
         self.serial = 1.0
         """Of one of them, on average."""
-        self.remaining = 0
-        self._urgencies: dict[RequestId, tuple[float, float]] = {}
 
     def refresh(self, view: NodeView, now: float) -> Mapping[WorkerId, Estimate]:
         """The estimates, those of changed workers worked out again."""
@@ -107,17 +105,23 @@ class Workers:
         return estimates
 
     def _sum_up(self) -> None:
-        rate, count, remaining = 0.0, 0, 0
+        rate, count = 0.0, 0
         for estimate in self._estimates.values():
             worker = estimate.view
             if worker.state is WorkerState.READY and worker.role is not Role.DECODE:
                 rate += estimate.pace.rate
                 count += 1
-                remaining += estimate.remaining
         self.rate = rate
         if count:
             self.serial = rate / count
-        self.remaining = remaining
+
+    def begun(self) -> list[tuple[float, int]]:
+        """(due, tokens to compute) of every prompt at a worker that can be in time."""
+        rows: list[tuple[float, int]] = []
+        for each in self._estimates.values():
+            sums = each.sums
+            rows += [(due, sums[i + 1] - sums[i]) for i, due in enumerate(each.dues)]
+        return rows
 
     def pace_of(self, view: NodeView, worker: WorkerView) -> Pace:
         """Its pace beside what decodes there; numbers alike are looked up."""
