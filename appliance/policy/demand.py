@@ -28,6 +28,11 @@ TAIL = 1.28
 """Standard deviations above the mean below which nine of ten lie."""
 FULL = 0.95
 """Above this share of its time a queue is as long as one likes; waiting is cut off there."""
+AHEAD = 5.0
+"""Seconds for which what piles up is predicted where workers cannot keep up."""
+VARIED = 1.5
+"""How much longer prompts of varied lengths wait than equal ones: half of 1 and the squared
+coefficient of variation."""
 ROUNDS = 10
 HOPELESS = 50.0
 """A level that nothing can bear; larger ones are not told apart."""
@@ -285,8 +290,16 @@ def _gap(shape: Division, load: Load, shares: _Shares) -> float:
         if chunk:
             gaps.append(_tail_gap(load, shares, chunk=chunk))
         else:
-            gaps.append(_shortest(load, prompts=shares.prompts, tokens=shares.tokens))
+            gaps.append(_fitted_gap(load, shares))
     return max(gaps)
+
+
+def _fitted_gap(load: Load, shares: _Shares) -> float:
+    """On a mixed worker whose prompts are fitted into the slack: too many of them wait, and
+    lengthen no step beyond what is allowed."""
+    alone = _shortest(load, prompts=0.0, tokens=shares.tokens)
+    both = _shortest(load, prompts=shares.prompts, tokens=shares.tokens)
+    return max(alone, min(both, FULL * load.allowed))
 
 
 def _tail_gap(load: Load, shares: _Shares, *, chunk: float) -> float:
@@ -307,7 +320,9 @@ def _tail_gap(load: Load, shares: _Shares, *, chunk: float) -> float:
 
 
 def _first(shape: Division, load: Load, shares: _Shares, *, level: float) -> float:
-    """Seconds to the first token of a prompt, its waiting included."""
+    """Seconds to the first token of a prompt, its waiting included: for what is here, for what
+    comes at random (Sakasegawa's formula for several workers with one queue), and, where the
+    workers cannot keep up, for what will have piled up `AHEAD` seconds from now."""
     most = float(load.max_batch_tokens)
     if shape.prefill:
         alone = load.step(min(load.prompt_tokens, most), 0.0) * max(1.0, load.prompt_tokens / most)
@@ -316,8 +331,26 @@ def _first(shape: Division, load: Load, shares: _Shares, *, level: float) -> flo
         chunk = float(load.chunk) or _fitting(load, decodes)
         chunk = max(1.0, min(chunk, load.prompt_tokens, most))
         alone = load.step(chunk, decodes) * load.prompt_tokens / chunk
-    waiting = load.backlog_tokens * load.prefill / load.prompt_rate if load.prompt_rate else 0.0
-    return alone / (1 - min(level, FULL)) + waiting / max(1, shape.prefill + shape.mixed)
+    capacity, workers = _prompt_capacity(shape, load, shares), shape.prefill + shape.mixed
+    busy = min(level, FULL)
+    each = load.prompt_tokens * workers / capacity
+    queue = busy ** (math.sqrt(2 * (workers + 1)) - 1) / (workers * (1 - busy)) * each
+    piling = max(0.0, level - FULL) * AHEAD
+    return alone + queue * VARIED + load.backlog_tokens / capacity + piling
+
+
+def _prompt_capacity(shape: Division, load: Load, shares: _Shares) -> float:
+    """Prompt tokens each second that the workers can compute beside what they decode."""
+    most = float(load.max_batch_tokens)
+    seconds = min(load.allowed, load.step(most, _batch(load, shares)))
+    alone = beside = math.inf
+    for plane in load.planes:
+        token, decode = load.per_token(plane)
+        if token > 0.0:
+            alone = min(alone, 1.0 / (plane[0] / most + token))
+            beside = min(beside, (1.0 - plane[0] / seconds - shares.tokens * decode) / token)
+    total = shape.prefill * alone + shape.mixed * max(beside, 0.02 * alone)
+    return max(total, 1e-9)
 
 
 def _fitting(load: Load, decodes: float) -> float:
