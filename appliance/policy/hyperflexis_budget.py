@@ -59,8 +59,9 @@ class HyperflexisSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after which a request without targets should have begun."""
     fairness: Annotated[float, msgspec.Meta(ge=0.0)] = 4.0
     """How much a class gains in value when more of it than of others has been given up; 0: not."""
-    forecast: Share = 0.0
-    """What is held back also makes room for what is expected to arrive and to be due earlier."""
+    reserve: Share = 0.35
+    """Share of the time until a first token is due that is kept for more urgent arrivals: what does
+    not fit into the rest is held back."""
     length_quantile: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.8
     """Of the answers of a class: the length that memory and end-to-end budgets are planned for."""
 

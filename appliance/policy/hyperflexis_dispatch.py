@@ -17,7 +17,6 @@ from typing import NamedTuple
 from appliance.core.slots import Late
 from appliance.core.types import OnMiss, Phase, Request, RequestId, Role, WorkerId
 from appliance.core.view import NodeView
-from appliance.policy.hyperflexis_arrivals import Arrivals
 from appliance.policy.hyperflexis_budget import HyperflexisSettings, first_token_due, has_targets
 from appliance.policy.hyperflexis_decode import place_decode
 from appliance.policy.hyperflexis_queue import Entry, Lanes
@@ -56,7 +55,6 @@ class HyperflexisDispatch:
         self._mark = 0
         self._plan_at = -math.inf
         self._given_up: dict[str, float] = {}
-        self._coming = Arrivals()
         self._answers: dict[str, Answer] = {}
 
     # --- slots ----------------------------------------------------------------------------------
@@ -148,8 +146,6 @@ class HyperflexisDispatch:
         if view.is_demoted(request.id):
             entry.lane = "lane"
         self._lanes.add(entry)
-        if request.slo.ttft is not None and self._settings.forecast:
-            self._coming.note(request.slo.ttft, tokens, now)
 
     def _learn_answer(self, view: NodeView, class_name: str, now: float) -> None:
         known = self._answers.get(class_name)
@@ -231,7 +227,8 @@ class HyperflexisDispatch:
             serial=workers.serial,
             begun=workers.begun(),
             value=self._values(),
-            coming=[(b, r * self._settings.forecast) for b, r in self._coming.rates(now)],
+            step=workers.step,
+            reserve=self._settings.reserve,
         )
 
     def _values(self) -> dict[str, float]:

@@ -11,8 +11,8 @@ forgets that what is cheap may also be in no hurry."""
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from appliance.core.types import Request, RequestId
 
@@ -145,12 +145,14 @@ class Lanes:
         serial: float,
         begun: Iterable[tuple[float, int]],
         value: Mapping[str, float],
-        coming: Sequence[tuple[float, float]] = (),
+        step: float,
+        reserve: float,
     ) -> None:
         """Decide anew who is held back. `rate`: prompt tokens per second of all workers together,
         `serial` of one; `begun`: (due, tokens to compute) of what is at workers already; `value`:
-        of a class, beside its weight (1 where it is not named); `coming`: (budget for the first
-        token, prompt tokens per second) of what is expected to arrive."""
+        of a class, beside its weight (1 where it is not named); `step`: seconds that a newcomer may
+        wait for the step under way; `reserve`: the share of the time to each due that is kept for
+        what arrives meanwhile and is more urgent."""
         entries = self.entries
         if self._shed:
             for row in self._shed:
@@ -166,8 +168,8 @@ class Lanes:
         ]
         walk += [(due, tokens, None) for due, tokens in begun]
         walk.sort(key=_due)
-        found = _moore(now, walk, rate=rate, serial=serial, value=value, coming=coming)
-        out = {entry.id for entry in found}
+        slacks = Slacks(now=now, step=step, reserve=reserve, rate=rate, serial=serial)
+        out = {entry.id for entry in _moore(walk, slacks, value)}
         if not out:
             return
         self._shed = [row for row in self._main if row[1] in out]
@@ -180,42 +182,40 @@ def _due(row: tuple[float, int, Entry | None]) -> float:
     return row[0]
 
 
+class Slacks(NamedTuple):
+    """What a plan assumes of the workers; see `Lanes.plan`."""
+
+    now: float
+    step: float
+    reserve: float
+    rate: float
+    serial: float
+
+
 def _moore(
-    now: float,
-    walk: Iterable[tuple[float, int, Entry | None]],
-    *,
-    rate: float,
-    serial: float,
-    value: Mapping[str, float],
-    coming: Sequence[tuple[float, float]],
+    walk: Iterable[tuple[float, int, Entry | None]], slacks: Slacks, value: Mapping[str, float]
 ) -> Iterator[Entry]:
-    """Whom to hold back. What has no entry has begun and stays. What arrives meanwhile and is due
-    before the one in hand will go before it."""
-    seconds = 0.0
-    alone = 1.0 / serial - 1.0 / rate
+    """Whom to hold back. What has no entry has begun and stays."""
+    rate = slacks.rate
+    alone = 1.0 / slacks.serial - 1.0 / rate
+    seconds = slacks.step
     heap: list[tuple[float, RequestId, Entry]] = []
     for due, tokens, entry in walk:
         seconds += tokens / rate
         if entry is None:
             continue
-        left = due - now
-        latest = left - tokens * alone
-        for budget, tokens_per_second in coming:
-            if left > budget:
-                latest -= (left - budget) * tokens_per_second / rate
+        latest = (due - slacks.now) * (1.0 - slacks.reserve) - tokens * alone
         density = entry.weight * value.get(entry.name, 1.0) / tokens
-        if seconds > latest:
-            if heap and heap[0][0] < density:
-                other = heap[0][2]
-                if seconds - other.tokens / rate <= latest:
-                    heapq.heapreplace(heap, (density, entry.id, entry))
-                    seconds -= other.tokens / rate
-                    yield other
-                    continue
-            seconds -= tokens / rate
-            yield entry
+        if seconds <= latest:
+            heapq.heappush(heap, (density, entry.id, entry))
             continue
-        heapq.heappush(heap, (density, entry.id, entry))
+        least = heap[0][2] if heap and heap[0][0] < density else entry
+        if least is not entry and seconds - least.tokens / rate <= latest:
+            heapq.heapreplace(heap, (density, entry.id, entry))
+        else:
+            least = entry
+        seconds -= least.tokens / rate
+        yield least
 
 
 def _take(rows: list[tuple[float, RequestId]], row: tuple[float, RequestId]) -> None:

@@ -86,6 +86,8 @@ class Workers:
         """Prompt tokens per second of those that are meant for prompts, together."""
         self.serial = 1.0
         """Of one of them, on average."""
+        self.step = 0.0
+        """Seconds of a full step of one of them, on average."""
 
     def refresh(self, view: NodeView, now: float) -> Mapping[WorkerId, Estimate]:
         """The estimates, those of changed workers worked out again."""
@@ -105,15 +107,16 @@ class Workers:
         return estimates
 
     def _sum_up(self) -> None:
-        rate, count = 0.0, 0
+        rate, step, count = 0.0, 0.0, 0
         for estimate in self._estimates.values():
             worker = estimate.view
             if worker.state is WorkerState.READY and worker.role is not Role.DECODE:
                 rate += estimate.pace.rate
+                step += estimate.pace.step
                 count += 1
         self.rate = rate
         if count:
-            self.serial = rate / count
+            self.serial, self.step = rate / count, step / count
 
     def begun(self) -> list[tuple[float, int]]:
         """(due, tokens to compute) of every prompt at a worker that can be in time."""
