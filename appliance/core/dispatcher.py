@@ -207,6 +207,7 @@ class Dispatcher:
         if self._policy.roles is not None:
             self._steering.step(self._policy.roles, now)
             self._life.start_due(now)
+        asked = len(state.out)  # what had been said when moves were last thought about
         self._mover.step(now)
         self._flipper.step(now)
         if state.has_roles:
@@ -217,7 +218,9 @@ class Dispatcher:
             said = len(state.out)
             self._isolation.step(now)
             self._placer.step(now)
-            self._mover.step(now)
+            if state.has_roles or asked != len(state.out):
+                asked = len(state.out)
+                self._mover.step(now)
         self._policy_wake = self._policy.wakeup(state.view, now)
 
     def _record(self, message: Input, now: float) -> None:
@@ -370,16 +373,18 @@ class Dispatcher:
                 continue
             if record.pending:
                 self._state.settle(record)
-            if record.state is RequestState.ASSIGNED:
-                state = decoding if record.move is None else RequestState.MIGRATING
-                self._state.requests.move(record, state, now, worker=slot.id)
-                tally.begin_decode(record)
-                if record.first_token_at is None:
-                    record.first_token_at = now
-            if record.state is decoding or record.state is RequestState.MIGRATING:
-                count = counts[index] if counts else 1
-                record.emitted += count
-                grown += count
+            if record.state is not decoding:
+                if record.state is RequestState.ASSIGNED:
+                    state = decoding if record.move is None else RequestState.MIGRATING
+                    self._state.requests.move(record, state, now, worker=slot.id)
+                    tally.begin_decode(record)
+                    if record.first_token_at is None:
+                        record.first_token_at = now
+                elif record.state is not RequestState.MIGRATING:
+                    continue
+            count = counts[index] if counts else 1
+            record.emitted += count
+            grown += count
         tally.context_tokens += grown
         if slot.reserved:
             self._isolation.stepped(report)

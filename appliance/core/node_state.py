@@ -93,6 +93,8 @@ class NodeState:
         """Until when the workers' time has been counted."""
         self.requests = RequestTable()
         self.view = DispatcherView(self)
+        self.offer: tuple[RequestRecord | None, list[WorkerSlot]] = (None, [])
+        """The request that the policy is just being asked to place, and who is willing."""
         self.out: list[Output] = []
         """Said since the present message began."""
         self.is_draining = False
@@ -122,7 +124,9 @@ class NodeState:
     def charged(self, now: float) -> float:
         """What the workers have cost until now."""
         passed = 0.0 if self._charged is None else max(0.0, now - self._charged)
-        number = sum([slot.costs for slot in self.slots.values()])
+        number = 0
+        for slot in self.slots.values():
+            number += slot.costs
         return self.totals.instance_seconds + passed * number
 
     def note_roles(self) -> None:

@@ -27,12 +27,18 @@ class DispatcherView:
 
     def __init__(self, state: "NodeState") -> None:
         self._state = state
+        self._workers: Mapping[WorkerId, WorkerView] = MappingProxyType({})
 
     @property
     def workers(self) -> Mapping[WorkerId, WorkerView]:
-        """Every configured worker, dead ones too."""
-        state = self._state
-        return MappingProxyType({slot.id: slot.view(state.cost) for slot in state.slots.values()})
+        """Every configured worker, dead ones too; the same mapping until something changes."""
+        slots = self._state.slots
+        for slot in slots.values():
+            if slot.seen is None:
+                cost = self._state.cost
+                self._workers = MappingProxyType({id_: slots[id_].view(cost) for id_ in slots})
+                break
+        return self._workers
 
     @property
     def num_waiting(self) -> int:
@@ -114,7 +120,10 @@ class DispatcherView:
             return [slot.id for slot in self._state.moves.targets(record, now)]
         if record.state is not RequestState.WAITING:
             return ()
-        return [slot.id for slot in self._state.willing(record, now)]
+        offered, slots = self._state.offer
+        if offered is not record:
+            slots = self._state.willing(record, now)
+        return [slot.id for slot in slots]
 
     def links(self, worker: WorkerId) -> Mapping[WorkerId, float]:
         """Peers that this worker can copy from, with bytes per second."""

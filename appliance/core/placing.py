@@ -28,7 +28,11 @@ class Placer:
             willing = state.willing(record, now)
             if not willing:
                 continue
-            chosen = place(view, request, Phase.PREFILL, now)
+            state.offer = record, willing
+            try:
+                chosen = place(view, request, Phase.PREFILL, now)
+            finally:
+                state.offer = None, []
             if chosen is None:
                 continue
             slot = state.slots.get(chosen)

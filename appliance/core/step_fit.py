@@ -122,7 +122,7 @@ class StepFit:
             pairs = n * prefix + n * (n + 1) / 2
             row = (1.0, n, pairs, decodes, decodes * mean + (prefix if n else 0))
             seconds = max(_product(first, row), _product(second, row))
-            cell = self._gather(row, prefix, seconds)
+            cell = self._gather(cell_key(row, prefix), row, seconds)
             cell.guessed = True
             cell.count = trust
             self._place(cell)
@@ -133,15 +133,15 @@ class StepFit:
         first, second = self._planes
         return first.coefficients(), second.coefficients()
 
-    def alike(self, row: Row, prefix: float) -> tuple[Row, float] | None:
-        """Mean counts and seconds of the steps like this one; None unless there are several."""
-        cell = self._cells.get(_key(row, prefix))
+    def alike(self, key: int) -> tuple[Row, float] | None:
+        """Mean counts and seconds of the steps of that cell; None unless there are several."""
+        cell = self._cells.get(key)
         return (cell.row, cell.seconds) if cell is not None and cell.count > _FEW else None
 
-    def learn(self, row: Row, prefix: float, seconds: float) -> bool:
-        """Take in a step. True: the coefficients have changed."""
+    def learn(self, key: int, row: Row, seconds: float) -> bool:
+        """Take in a step of that cell. True: the coefficients have changed."""
         self._num += 1
-        cell = self._gather(row, prefix, seconds)
+        cell = self._gather(key, row, seconds)
         if self._num > _ALWAYS and self._num % _EVERY:
             return False
         self._place(cell)
@@ -166,9 +166,8 @@ class StepFit:
         cells = (cell for cell in self._order if not cell.guessed)
         return [(cell.row, cell.seconds, int(cell.count)) for cell in cells]
 
-    def _gather(self, row: Row, prefix: float, seconds: float) -> _Cell:
+    def _gather(self, key: int, row: Row, seconds: float) -> _Cell:
         """Put a step into its cell."""
-        key = _key(row, prefix)
         cell = self._cells.get(key)
         if cell is None:
             cell = self._cells[key] = _Cell(row, seconds, count=1.0, seen_at=self._num)
@@ -223,8 +222,8 @@ class StepFit:
             second.add(weight, row)
 
 
-def _key(row: Row, prefix: float) -> int:
-    """Of the cell of a step."""
+def cell_key(row: Row, prefix: float) -> int:
+    """Of the cell of a step with these counts, and so many tokens before its chunk."""
     _, n, _, decodes, read = row
     mean = int(read) // int(decodes) if decodes else 0
     alone = int(n).bit_length() << 18 | int(decodes).bit_length() << 12

@@ -28,7 +28,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from math import sqrt
 
-from appliance.core.step_fit import Row, StepFit
+from appliance.core.step_fit import Row, StepFit, cell_key
 from appliance.core.types import Record
 
 _FOLLOWING = 0.03
@@ -148,15 +148,16 @@ class StepModel:
         else:
             self._judge(ratio, with_prefill=n > 0)
         self._num += 1
-        elapsed = self._compare(row, prefix, elapsed=elapsed, predicted=predicted)
-        if self._fit.learn(row, prefix, elapsed / self._factor):
+        key = cell_key(row, prefix)
+        elapsed = self._compare(key, elapsed=elapsed, predicted=predicted)
+        if self._fit.learn(key, row, elapsed / self._factor):
             self._publish()
 
-    def _compare(self, row: Row, prefix: float, *, elapsed: float, predicted: float) -> float:
+    def _compare(self, key: int, *, elapsed: float, predicted: float) -> float:
         """Beside earlier steps like this one (not beside the prediction, which may be wrong for all
         of them): has the device changed? Returns the duration to learn from: a step during which
         the process did not run says little about the device."""
-        alike = self._fit.alike(row, prefix)
+        alike = self._fit.alike(key)
         if alike is None:
             return elapsed
         (_, n, pairs, decodes, read), seconds = alike

@@ -111,17 +111,18 @@ class WorkerSlot:
         """Why this incarnation could not start, in its own words."""
         self.last_cause = ""
         """What its last death was put down to."""
-        self._view: WorkerView | None = None
+        self.seen: WorkerView | None = None
+        """What policies see; None when something of it has changed since it was built."""
 
     def touch(self) -> None:
         """Something that the view shows has changed."""
-        self._view = None
+        self.seen = None
 
     def seat(self, record: RequestRecord) -> None:
         """The request is this worker's."""
         self.assigned[record.request.id] = record
         self.tally.enter(record)
-        self._view = None
+        self.seen = None
 
     def unseat(self, record: RequestRecord) -> None:
         """It is so no longer; its prefill has been settled."""
@@ -129,14 +130,14 @@ class WorkerSlot:
         self.tally.leave(record)
         self.tally.end_decode(record)
         self.changes += 1
-        self._view = None
+        self.seen = None
 
     def expect(self, record: RequestRecord, blocks: int) -> None:
         """The request begins to move here."""
         self.incoming[record.request.id] = record
         self.promised_blocks += blocks
         self.tally.enter(record)
-        self._view = None
+        self.seen = None
 
     def unexpect(self, record: RequestRecord, blocks: int) -> None:
         """It has come, or does not."""
@@ -144,13 +145,13 @@ class WorkerSlot:
         self.promised_blocks -= blocks
         self.tally.leave(record)
         self.changes += 1
-        self._view = None
+        self.seen = None
 
     def go(self, state: WorkerState) -> None:
         """Change the state along the table."""
         check_worker_move(self.state, state, story=f"worker {self.id}, epoch {self.epoch}")
         self.state = state
-        self._view = None
+        self.seen = None
 
     def up(self, report: WorkerUp, now: float) -> None:
         """Take over what the new incarnation says about itself; nothing is assigned or cached
@@ -192,7 +193,7 @@ class WorkerSlot:
         self.load = load
         self.num_loads += 1
         self.as_of = now
-        self._view = None
+        self.seen = None
 
     def note_cache(self, report: CacheChanged) -> None:
         """Blocks that can now be found there, and those that no longer can."""
@@ -201,7 +202,7 @@ class WorkerSlot:
         self.tier.difference_update(report.tier_removed)
         self.tier.update(report.tier_added)
         if report.tier_added or report.tier_removed:
-            self._view = None
+            self.seen = None
 
     def cached_blocks(self, hashes: Sequence[BlockHash]) -> int:
         """Leading blocks of `hashes` believed to be there."""
@@ -278,20 +279,26 @@ class WorkerSlot:
     def fits(self, request: Request, max_model_len: int) -> bool:
         """Whether the pool could hold the longest answer."""
         capacity = self.capacity_tokens
-        return capacity is None or kv_tokens(request, max_model_len) <= capacity
+        return (
+            capacity is None
+            or request.prompt_tokens + request.max_tokens <= capacity  # the usual case, at once
+            or kv_tokens(request, max_model_len) <= capacity
+        )
 
     def takes(self, record: RequestRecord, now: float, *, max_model_len: int) -> bool:
         """Whether nothing speaks against this request here: the pool is large enough, it was not
         refused here since anything changed, and what it was here before is over."""
         if self.id in record.leaving or not self.fits(record.request, max_model_len):
             return False
+        if not record.avoid:
+            return True
         refusal = record.avoid.get(self.id)
         return refusal is None or refusal[0] != self.changes or now >= refusal[1]
 
     def view(self, cost: CostModel) -> WorkerView:
         """What policies see; built again only after a change."""
-        if self._view is None:
-            self._view = WorkerView(
+        if self.seen is None:
+            self.seen = WorkerView(
                 id=self.id,
                 state=self.state,
                 role=self.role,
@@ -316,7 +323,7 @@ class WorkerSlot:
                 parked=self.parked,
                 on_call=self.on_call,
             )
-        return self._view
+        return self.seen
 
 
 def kv_tokens(request: Request, max_model_len: int) -> int:
