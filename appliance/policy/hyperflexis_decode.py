@@ -14,8 +14,10 @@ from appliance.core.types import Phase, Request, WorkerId
 from appliance.core.view import NodeView, RunningView, WorkerView
 from appliance.policy.hyperflexis_budget import HyperflexisSettings
 
+LOOK_EVERY = 0.025
+"""Seconds between two looks."""
 PAUSE = 0.1
-"""Seconds between two migrations."""
+"""Seconds after a look that found a worker too full."""
 WORTH = 24
 """Tokens that an answer must be expected to get yet, to be worth a move."""
 
@@ -56,6 +58,7 @@ class Migrator:
         """One answer off a worker that is too full for its tightest budget, if one bears it."""
         if now < self._after:
             return ()
+        self._after = now + LOOK_EVERY
         for worker in view.workers.values():
             tight = worker.tightest_tpot
             if tight is None or worker.decodes < 2 or worker.state is not WorkerState.READY:

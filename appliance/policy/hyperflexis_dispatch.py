@@ -19,15 +19,18 @@ from appliance.core.types import OnMiss, Phase, Request, RequestId, Role, Worker
 from appliance.core.view import NodeView
 from appliance.policy.hyperflexis_budget import HyperflexisSettings, first_token_due, has_targets
 from appliance.policy.hyperflexis_decode import place_decode
-from appliance.policy.hyperflexis_queue import Entry, Lanes
+from appliance.policy.hyperflexis_queue import Entry, Lane, Lanes
 from appliance.policy.hyperflexis_workers import Estimate, Workers
 
 PLAN_EVERY = 0.025
 """Seconds between two looks at whether all that waits can be in time."""
 TICK = 0.025
 """While something is held, the node looks again after so many seconds at most."""
-BATCH = 4
-"""Requests that `order` names at a time; it is asked again when one of them was placed."""
+SCAN = 4
+"""Of the most urgent ones, how many are looked at for one that some worker may take."""
+BATCH = 2
+"""Requests of a lane that `order` names at a time; it is asked again when one was placed."""
+LANES: Sequence[Lane] = ("main", "shed", "lane")
 GRACE = -0.03
 """Share of the time that is left by which a first token may be predicted late."""
 RELEARN = 1.0
@@ -53,6 +56,8 @@ class HyperflexisDispatch:
         self._workers = Workers(settings, self._urgency)
         self._estimates: Mapping[WorkerId, Estimate] = {}
         self._mark = 0
+        self._is_fresh = False
+        """Heard in `late`, which is asked right before the first `order`."""
         self._plan_at = -math.inf
         self._given_up: dict[str, float] = {}
         self._answers: dict[str, Answer] = {}
@@ -62,6 +67,7 @@ class HyperflexisDispatch:
     def late(self, view: NodeView, now: float) -> Sequence[Late]:
         """Who cannot be in time even if it began now."""
         self._hear(view, now)
+        self._is_fresh = True
         next_start = self._lanes.next_start
         if next_start is None or next_start > now or self._settings.late == "keep":
             return ()
@@ -76,41 +82,45 @@ class HyperflexisDispatch:
 
     def order(self, queue: Sequence[Request], view: NodeView, now: float) -> Sequence[Request]:
         """The next few that some worker may take; none while all have enough to do."""
-        self._hear(view, now)
+        if not self._is_fresh:
+            self._hear(view, now)
+        self._is_fresh = False
         if not self._settings.priority:
             return queue[:BATCH]
         if now >= self._plan_at and self._settings.overload != "none":
             self._plan(now)
-        lanes, estimates = self._lanes, self._estimates
-        heads = lanes.first("main", BATCH)
-        for index, entry in enumerate(heads):
-            if self._best(entry, estimates, now) is not None:
-                return [each.request for each in heads[index:]]
+        lanes = self._lanes
+        head = lanes.head
+        estimates = list(self._estimates.values())
+        if head is not None and any(each.is_open(head.key) for each in estimates):
+            heads = lanes.first("main", SCAN)
+            for index, entry in enumerate(heads):
+                if self._best(entry, self._estimates, now) is not None:
+                    return [each.request for each in heads[index : index + BATCH]]
         chosen: list[Entry] = []
-        if any(self._has_little(each) for each in estimates.values()):
-            chosen += heads + lanes.first("shed", BATCH) + lanes.first("lane", BATCH)
-        elif any(not each.num_late for each in estimates.values()):
+        if any(each.is_underfull for each in estimates):
+            for lane in LANES:
+                chosen += lanes.first(lane, BATCH)
+        elif any(not each.num_late and not each.is_full for each in estimates):
             chosen += lanes.first("lane", 1)
         return [entry.request for entry in chosen]
 
     def place(self, view: NodeView, request: Request, phase: Phase, now: float) -> WorkerId | None:
         """The best worker where all budgets hold; None: it waits."""
-        willing = view.willing(request, now, phase)
-        if not willing:
-            return None
         if phase is Phase.DECODE:
-            return place_decode(view, request, willing, self._settings)
+            willing = view.willing(request, now, phase)
+            return place_decode(view, request, willing, self._settings) if willing else None
         self._hear(view, now)
         entry = self._lanes.entries.get(request.id)
         if entry is None:
             return None
-        estimates = {id_: self._estimates[id_] for id_ in willing}
-        best = self._best(entry, estimates, now, view=view)
-        if best is None and entry.lane == "lane":
-            best = self._best_effort(entry, estimates)
-        elif best is None and entry.lane == "main":
-            best = self._idle(estimates)
-        return best
+        best = self._choose(view, entry, self._estimates, now)
+        if best is None:
+            return None
+        willing = view.willing(request, now, phase)
+        if best in willing:
+            return best
+        return self._choose(view, entry, {id_: self._estimates[id_] for id_ in willing}, now)
 
     def wakeup(self, view: NodeView, now: float) -> float | None:
         """While something waits: soon, at a time that stays the same until it has come."""
@@ -244,6 +254,14 @@ class HyperflexisDispatch:
 
     # --- where ----------------------------------------------------------------------------------
 
+    def _choose(
+        self, view: NodeView, entry: Entry, estimates: Mapping[WorkerId, Estimate], now: float
+    ) -> WorkerId | None:
+        if entry.lane == "lane":
+            return self._best_effort(entry, estimates)
+        best = self._best(entry, estimates, now, view=view)
+        return self._idle(estimates) if best is None and entry.lane == "main" else best
+
     def _best(
         self,
         entry: Entry,
@@ -253,8 +271,6 @@ class HyperflexisDispatch:
         view: NodeView | None = None,
     ) -> WorkerId | None:
         """The worker to take it, of those where all budgets hold."""
-        if entry.lane == "lane":
-            return None
         fullest = self._settings.placement == "fullest"
         best: WorkerId | None = None
         least = math.inf
@@ -262,7 +278,7 @@ class HyperflexisDispatch:
         held_back = entry.lane == "shed"
         for id_, each in estimates.items():
             ahead = each.remaining if held_back else each.ahead(entry.key)
-            if ahead >= self._settings.ahead_steps * each.pace.chunk:
+            if ahead >= each.limit or each.is_full:
                 continue
             if not self._bears(entry.request, each):
                 continue
@@ -284,8 +300,6 @@ class HyperflexisDispatch:
         view, settings = each.view, self._settings
         if not view.assigned and not view.incoming:
             return True
-        if view.assigned + view.incoming >= view.max_num_seqs:
-            return False
         tokens = request.prompt_tokens + self._length(request)
         if -(-tokens // view.block_tokens) > each.blocks_free:
             return False
@@ -301,16 +315,11 @@ class HyperflexisDispatch:
         known = self._answers.get(request.slo.class_name)
         return 0 if known is None else known.tokens
 
-    def _has_little(self, each: Estimate) -> bool:
-        view = each.view
-        ahead = self._settings.ahead_steps * each.pace.chunk
-        return each.remaining < ahead and view.max_num_seqs > view.assigned + view.incoming
-
     def _best_effort(self, entry: Entry, estimates: Mapping[WorkerId, Estimate]) -> WorkerId | None:
         """Where there is least to do; if there is much everywhere, one at a time to each."""
-        little = [id_ for id_, each in estimates.items() if self._has_little(each)]
+        little = [id_ for id_, each in estimates.items() if each.is_underfull]
         if not little:
-            little = [id_ for id_, each in estimates.items() if not each.num_late]
+            little = [id_ for id_, each in estimates.items() if not (each.num_late or each.is_full)]
         little = [id_ for id_ in little if self._bears(entry.request, estimates[id_])]
         return min(
             little,

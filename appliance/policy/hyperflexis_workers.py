@@ -23,7 +23,10 @@ class Estimate:
     __slots__ = (
         "blocks_free",
         "dues",
+        "is_full",
+        "is_underfull",
         "keys",
+        "limit",
         "num_late",
         "pace",
         "remaining",
@@ -35,6 +38,11 @@ class Estimate:
     def __init__(self, view: WorkerView, now_pace: Pace) -> None:
         self.view = view
         self.pace = now_pace
+        self.limit = now_pace.chunk
+        """Tokens of more urgent prompts beyond which it gets none."""
+        self.is_full = view.assigned + view.incoming >= view.max_num_seqs
+        self.is_underfull = False
+        """Whatever it got would be begun soon."""
         self.keys: list[float] = []
         self.sums: list[int] = [0]
         self.dues: list[float] = []
@@ -46,6 +54,10 @@ class Estimate:
         """After what is there has been given its prompt and its next tokens."""
         self.residual_until = 0.0
         """When the step under way is expected to end."""
+
+    def is_open(self, key: float) -> bool:
+        """Whether it may get one that is as urgent as that."""
+        return not self.is_full and self.sums[bisect_left(self.keys, key)] < self.limit
 
     def ahead(self, key: float) -> int:
         """Tokens of those that are more urgent."""
@@ -170,6 +182,8 @@ class Workers:
             estimate.dues.append(due)
             estimate.sums.append(total)
         estimate.remaining = remaining
+        estimate.limit = int(self._settings.ahead_steps * estimate.pace.chunk)
+        estimate.is_underfull = remaining < estimate.limit and not estimate.is_full
         growth = worker.decodes * view.cost.answer_tokens * 0.5
         free = load.blocks_free - worker.promised_blocks
         estimate.blocks_free = free - int((remaining + growth) // size)
