@@ -7,6 +7,7 @@ own, so that nothing learnt or cached passes from one to the next.
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,11 @@ class Block(Record, frozen=True, kw_only=True):
     counts: Mapping[str, tuple[int, int]]
 
 
+MOST_BUSY = 0.93
+"""Share of all cores in use above which a run is void: workers would not keep their pace."""
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
 class LiveRun(Summary, frozen=True, kw_only=True):
     """A line of the results: the scores, and what the tables and tests of differences need."""
 
@@ -104,7 +110,8 @@ class LiveRun(Summary, frozen=True, kw_only=True):
     """Seconds from the end of the load to the last token of what has no first-token target; None:
     some never ended."""
     cpu: Mapping[str, float] = field(default_factory=dict)
-    """Share of one core, by who used it, while requests were sent."""
+    """Share of one core, by who used it, while requests were sent; "machine": share of all cores,
+    whoever used them."""
     version: str = ""
     when: float = 0.0
 
@@ -230,6 +237,7 @@ def _watch(
 ) -> dict[str, float]:
     """Wait for the client; CPU shares of everybody over the time in which it sends."""
     shares: dict[str, float] = {}
+    machine = machine_seconds()
     try:
         client.wait(max(1.0, seconds - 1.0))
     except subprocess.TimeoutExpired:
@@ -240,10 +248,21 @@ def _watch(
             "client": cpu_seconds(client.pid) / took,
             "workers": sum(used.values()) / took,
         }
+        busy, idle = (
+            after - before for after, before in zip(machine_seconds(), machine, strict=True)
+        )
+        shares["machine"] = busy / max(1e-9, busy + idle)
     words = client.communicate()[0].decode(errors="replace")
     if client.returncode not in (0, VOID):
         raise SystemExit(f"the client has ended with {client.returncode}:\n{words[-4000:]}")
     return {name: round(share, 3) for name, share in shares.items()}
+
+
+def machine_seconds() -> tuple[float, float]:
+    """Seconds that all cores together were busy, and idle, since the machine started."""
+    fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / TICKS, idle / TICKS
 
 
 def live_run(
@@ -261,6 +280,8 @@ def live_run(
     changes = change_times(arrivals, rate=plan.rate, seconds=setup.seconds, shares=shares)
     fields = {name: getattr(summary, name) for name in summary.__struct_fields__}
     fields |= {"policy": plan.policy, "arrivals": plan.arrivals, "load": plan.load}
+    if cpu.get("machine", 0.0) > MOST_BUSY:
+        fields |= {"void": True, "note": f"{fields['note']} the machine was busy".strip()}
     ordered = [0.0, *changes, setup.seconds]
     return LiveRun(
         **fields,

@@ -10,7 +10,7 @@
         --policies hyperflexis,fcfs --loads 0.5,1 --arrivals poisson --out cpu.jsonl
 
 A rate is a load times `--reference` requests per second. What is in the file already is not run
-again; a run that was void (the client was late) is. Ctrl-C ends it after cleaning up, and the same
+again; a run that was void (the client was late, or the machine busy) is. Ctrl-C ends it after cleaning up, and the same
 command goes on. `--dry-run` says what would be run and how long it takes. Files beside `--out`:
 `NAME.d/` with every outcome, for `tools.sweep_report` (tables, intervals, pictures).
 
@@ -21,6 +21,7 @@ times the reference for 60 s and half of it afterwards (give the capacity as `--
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ DEFAULTS: Mapping[str, tuple[float, tuple[float, ...]]] = {
 
 def main() -> None:
     """Run what is missing."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background SIGINT may be ignored
+        signal.signal(number, signal.default_int_handler)
     options = _options()
     setup = _setup(options)
     done = {run.key for run in read_runs(options.out)}
