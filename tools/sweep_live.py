@@ -10,9 +10,10 @@
         --policies hyperflexis,fcfs --loads 0.5,1 --arrivals poisson --out cpu.jsonl
 
 A rate is a load times `--reference` requests per second. What is in the file already is not run
-again; a run that was void (the client was late, or the machine busy) is. Ctrl-C ends it after cleaning up, and the same
-command goes on. `--dry-run` says what would be run and how long it takes. Files beside `--out`:
-`NAME.d/` with every outcome, for `tools.sweep_report` (tables, intervals, pictures).
+again; a run that was void (the client was late, or the machine busy) is. Ctrl-C ends it after
+cleaning up, and the same command goes on. `--dry-run` says what would be run and how long it takes.
+Files beside `--out`: `NAME.d/` with every outcome, for `tools.sweep_report` (tables, intervals,
+pictures).
 
 `overload` runs each policy at steady loads, to find the goodput of saturation, and then with three
 times the reference for 60 s and half of it afterwards (give the capacity as `--reference`).
