@@ -197,7 +197,7 @@ class WaitingQueue:
         """What happened after the mark `since` (0: from the beginning)."""
         log, start = self._log, self._log_start
         mark = start + len(log)
-        if since < start:
+        if not start <= since <= mark:
             whole = [(request, True) for request in self._requests]
             return QueueChanges(mark=mark, changes=whole, whole=True)
         return QueueChanges(mark=mark, changes=log[since - start :] if since < mark else ())

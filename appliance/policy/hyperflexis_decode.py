@@ -56,7 +56,7 @@ class Migrator:
 
     def __call__(self, view: NodeView, now: float) -> Sequence[Migration]:
         """One answer off a worker that is too full for its tightest budget, if one bears it."""
-        if now < self._after:
+        if self._after - PAUSE <= now < self._after:
             return ()
         self._after = now + LOOK_EVERY
         for worker in view.workers.values():

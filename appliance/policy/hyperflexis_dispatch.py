@@ -52,8 +52,12 @@ class HyperflexisDispatch:
 
     def __init__(self, settings: HyperflexisSettings) -> None:
         self._settings = settings
+        self._view: NodeView | None = None
+        self._begin()
+
+    def _begin(self) -> None:
         self._lanes = Lanes()
-        self._workers = Workers(settings, self._urgency)
+        self._workers = Workers(self._settings, self._urgency)
         self._estimates: Mapping[WorkerId, Estimate] = {}
         self._mark = 0
         self._is_fresh = False
@@ -132,7 +136,10 @@ class HyperflexisDispatch:
     # --- the queue ------------------------------------------------------------------------------
 
     def _hear(self, view: NodeView, now: float) -> None:
-        """What changed since the last time."""
+        """What changed since the last time. Another node is another story."""
+        if view is not self._view:
+            self._begin()
+            self._view = view
         self._estimates = self._workers.refresh(view, now)
         changes = view.queue_changes(self._mark)
         if changes.mark == self._mark:
