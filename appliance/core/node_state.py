@@ -124,9 +124,10 @@ class NodeState:
     def charged(self, now: float) -> float:
         """What the workers have cost until now."""
         passed = 0.0 if self._charged is None else max(0.0, now - self._charged)
-        number = 0
+        number, gone = len(self.slots), WorkerState.QUARANTINED
         for slot in self.slots.values():
-            number += slot.costs
+            if slot.parked or slot.state is gone:
+                number -= not slot.costs
         return self.totals.instance_seconds + passed * number
 
     def note_roles(self) -> None:

@@ -36,7 +36,8 @@ class DispatcherView:
         for slot in slots.values():
             if slot.seen is None:
                 cost = self._state.cost
-                self._workers = MappingProxyType({id_: slots[id_].view(cost) for id_ in slots})
+                views = {id_: each.seen or each.view(cost) for id_, each in slots.items()}
+                self._workers = MappingProxyType(views)
                 break
         return self._workers
 

@@ -199,7 +199,7 @@ class NodeView(Protocol):
 
     @property
     def workers(self) -> Mapping[WorkerId, WorkerView]:
-        """Every configured worker, dead ones too."""
+        """Every configured worker, dead ones too; another mapping as soon as anything changes."""
 
     @property
     def num_waiting(self) -> int:

@@ -92,6 +92,7 @@ class Workers:
         self._settings = settings
         self._urgency = urgency
         self._estimates: dict[WorkerId, Estimate] = {}
+        self._seen: Mapping[WorkerId, WorkerView] = {}
         self._paces: dict[tuple[int, int, float | None, int], Pace] = {}
         self._paces_until = 0.0
         self.rate = 1.0
@@ -109,6 +110,9 @@ class Workers:
         changed = False
         estimates = self._estimates
         workers = view.workers
+        if workers is self._seen:
+            return estimates
+        self._seen = workers
         for id_, worker in workers.items():
             known = estimates.get(id_)
             if known is None or known.view is not worker:
