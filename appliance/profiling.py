@@ -33,6 +33,7 @@ from appliance.live.checkpoint import CheckpointError
 from appliance.live.node import Node, StartFailed
 from appliance.live.records import Delta, End, Rejected, Submission, Ticket
 from appliance.live.spawner import Spawner
+from appliance.metrics.document import DocumentError, check_output
 from appliance.startup import Plan, make_plan, read_machine
 from appliance.wiring import build_node
 
@@ -46,6 +47,8 @@ MOST_TOKENS = 131072
 """Of all prompts of one group, so that none takes long."""
 LIMIT = 120.0
 """Seconds for one group."""
+POOR = 0.1
+"""A mean error of the fit that is worth a warning."""
 
 
 class Group(NamedTuple):
@@ -82,6 +85,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     try:
+        if options.json:
+            check_output(Path(options.json), flag="--json")
         plan = _plan(options)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             profile = runner.run(_measure(plan, console))
@@ -89,11 +94,17 @@ def main(arguments: Sequence[str]) -> int:
         if options.json:
             write_profile(profile, Path(options.json))
             console.print(f'use it with: --set devices.cost_profile="{options.json}"')
-    except ConfigError as error:
+    except (ConfigError, DocumentError) as error:
         return _last_line(error, code=2)
     except (CheckpointError, StartFailed, Rejected, OSError, TimeoutError) as error:
         return _last_line(error, code=1)
     return 0
+
+
+def _relay(line: str) -> None:
+    """What a worker says when something is amiss; its usual lines would break the table."""
+    if " info " not in line:
+        sys.stderr.write(line + "\n")
 
 
 def _last_line(error: Exception, *, code: int) -> int:
@@ -160,7 +171,7 @@ def groups(*, max_num_seqs: int, longest: int, kv_tokens: int) -> list[Group]:
 
 async def _measure(plan: Plan, console: Console) -> CostProfile:
     spawner = Spawner(PRELOAD[plan.devices.engine])
-    node = build_node(plan, faults=(), spawner=spawner, stderr=sys.stderr.write)
+    node = build_node(plan, faults=(), spawner=spawner, stderr=_relay)
     try:
         node.start()
         await node.wait_ready()
@@ -269,3 +280,8 @@ def _show(profile: CostProfile, console: Console) -> None:
     console.print(
         f"error of the fit: mean {error_.mean_relative:.1%}, p90 {error_.p90_relative:.1%}"
     )
+    if error_.mean_relative > POOR:
+        console.print(
+            "that is a poor fit: other programs on the same cores make steps uneven; measure again "
+            "while they rest"
+        )

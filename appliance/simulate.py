@@ -30,7 +30,13 @@ from rich.table import Table
 from appliance.bench.curves import THRESHOLDS, capacities, capacity_words
 from appliance.bench.plots import NoPictures
 from appliance.bench.report import BadReport, check_name, write_report
-from appliance.metrics.document import Document, write_document
+from appliance.metrics.document import (
+    Document,
+    DocumentError,
+    check_output,
+    holds_results,
+    write_document,
+)
 from appliance.policy.settings import PolicySettingsError
 from appliance.sim.machine import WEIGHT_SOURCES, Machine, UnknownMachine, parse_machine
 from appliance.sim.simulation import Ablation
@@ -60,6 +66,7 @@ class CannotSimulate(Exception):
 MISTAKES = (
     CannotSimulate,
     BadReport,
+    DocumentError,
     PolicySettingsError,
     UnknownMachine,
     SpecError,
@@ -144,8 +151,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> tuple[Sweep, list[Point]]:
-    if options.plot:
-        check_name(Path(options.plot))
+    _check_outputs(options)
     machine = _machine(options)
     spec = _spec(options, machine)
     rows = tuple(read_trace(Path(options.trace))) if options.trace else ()
@@ -171,6 +177,17 @@ def _plan(options: argparse.Namespace) -> tuple[Sweep, list[Point]]:
     seeds = [int(seed) for seed in _numbers(options.seed, "--seed", least=-1e18)]
     choices = parse_policies(options.policy, machine.num_workers)
     return sweep, points(choices, loads, seeds)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Earlier results are written over, since the same flags give the same ones; nothing else."""
+    out = Path(options.json)
+    check_output(out, flag="--json")
+    if out.exists() and not holds_results(out):
+        raise CannotSimulate(f"--json {out}: exists and holds no results; name another file")
+    if options.plot:
+        check_name(Path(options.plot), flag="--plot")
+        check_output(Path(options.plot), flag="--plot")
 
 
 def _machine(options: argparse.Namespace) -> Machine:

@@ -19,7 +19,7 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from appliance.api.errors import ApiError, shown
 from appliance.api.limits import ReceivingBudget
-from appliance.api.schemas import REFUSED, Refused, fields_of
+from appliance.api.schemas import REFUSED, Refused, SloBody, StructuredOutputs, fields_of
 from appliance.api.settings import ConnectionLimits
 from appliance.api.unknown import kinds_of, unknown_fields
 from appliance.live.tokenise import TextService
@@ -34,7 +34,14 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _KEY = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
 _END = re.compile(rb"\s*[,}]")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]+)`")
 _MISSING = re.compile(r"Object missing required field `(?P<name>[^`]+)`")
+
+_STRICT: Mapping[str, type[msgspec.Struct]] = {
+    "slo": SloBody,
+    "structured_outputs": StructuredOutputs,
+}
+"""Objects in which an unknown field is refused: a target or a constraint must not be lost."""
 
 
 class Decoded(msgspec.Struct, Generic[B], frozen=True):
@@ -271,6 +278,11 @@ def _raise_invalid(message: str, at: str = "") -> NoReturn:
             f"'{name}' is missing; it is required.", code="missing_required_parameter", param=name
         )
     named = f"'{param}'" if param else "The body"
+    unknown = _UNKNOWN.match(what)
+    strict = _STRICT.get(param or "")
+    if unknown and strict is not None:
+        known = ", ".join(strict.__struct_encode_fields__)
+        what = f"it has no field {shown(unknown['name'])}; known: {known}"
     raise ApiError(
         f"{named} is not valid: {what[:1].lower()}{what[1:]}.", code="invalid_type", param=param
     )

@@ -12,6 +12,7 @@ from appliance import __version__
 from appliance.bench.points import Offer
 from appliance.bench.report import BadReport, check_name
 from appliance.bench.target import Target
+from appliance.metrics.document import DocumentError, check_output
 from appliance.workload.arrivals import ArrivalsError, parse_arrivals
 from appliance.workload.spec import Calibration, SpecError, WorkloadSpec, class_slos, load_spec
 from appliance.workload.trace_rows import TraceError, read_trace
@@ -57,12 +58,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def numbers(text: str) -> tuple[float, ...]:
     """`5,10,20`"""
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers, as in 5,10,20") from error
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """`0,1,2`"""
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers, as in 0,1,2") from error
 
 
 def key_of(options: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> str:
@@ -79,7 +86,10 @@ def offer_of(options: argparse.Namespace) -> Offer:
         rows = tuple(read_trace(Path(options.trace))) if options.trace else ()
         if options.report is not None:
             check_name(options.report)
-    except (SpecError, ArrivalsError, TraceError, BadReport) as error:
+        for flag in ("json", "outcomes", "report"):
+            if (path := getattr(options, flag)) is not None:
+                check_output(path, flag=f"--{flag}")
+    except (SpecError, ArrivalsError, TraceError, BadReport, DocumentError) as error:
         raise BadOptions(str(error)) from error
     warm_up = spec.warm_up_seconds if options.warm_up is None else options.warm_up
     offer = Offer(
@@ -99,7 +109,8 @@ def offer_of(options: argparse.Namespace) -> Offer:
         offer = msgspec.structs.replace(offer, seconds=DEFAULT_SECONDS)
     if offer.seconds is not None and offer.seconds <= warm_up:
         raise BadOptions(
-            f"--seconds {offer.seconds:g} with --warm-up {warm_up:g} leaves nothing that counts"
+            f"--seconds {offer.seconds:g} with --warm-up {warm_up:g} leaves nothing that counts; "
+            "make the run longer or the warm-up shorter"
         )
     return offer
 

@@ -42,10 +42,10 @@ class BadReport(ValueError):
     """The name of the report says no form that there is."""
 
 
-def check_name(path: Path) -> None:
-    """Raise `BadReport` unless the name ends in .html or .png."""
+def check_name(path: Path, *, flag: str = "--report") -> None:
+    """Raise `BadReport`, which names the flag, unless the name ends in .html or .png."""
     if path.suffix not in (".html", ".png"):
-        raise BadReport(f"--report {path}: the name must end in .html or .png")
+        raise BadReport(f"{flag} {path}: the name must end in .html or .png")
 
 
 def write_report(path: Path, document: Document) -> None:

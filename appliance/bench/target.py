@@ -286,7 +286,10 @@ async def _connect(pool: Pool, *, fresh: bool) -> Connection:
     try:
         return await pool.get(fresh=fresh)
     except OSError as error:
-        raise BenchError(f"cannot connect: {error.strerror or error}. Is the server up?") from error
+        raise BenchError(
+            f"cannot connect to {pool.url}: {error.strerror or error}. Is --url right, and is the "
+            "server up?"
+        ) from error
 
 
 class _Collector:

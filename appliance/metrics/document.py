@@ -1,5 +1,6 @@
 """Results as JSON: one document for a whole sweep, or one line per run for a sweep that resumes."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ class Document(Record, frozen=True, kw_only=True):
     runs: tuple[Summary, ...]
 
 
+def check_output(path: Path, *, flag: str) -> None:
+    """Asked before the work is done: can a file of this name be written? Raises `DocumentError`
+    that begins with the flag."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise DocumentError(f"{flag} {path}: is a directory; name a file in it")
+    if not folder.is_dir():
+        raise DocumentError(
+            f"{flag} {path}: there is no directory {folder}; make it, or name another file"
+        )
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise DocumentError(f"{flag} {path}: may not be written; name another file")
+
+
 def write_document(path: Path, document: Document) -> None:
     """Write it whole; a reader never sees half of it."""
     data = msgspec.json.format(msgspec.json.encode(document), indent=1)
@@ -36,6 +51,15 @@ def read_document(path: Path) -> Document:
         return msgspec.json.decode(path.read_bytes(), type=Document)
     except (OSError, msgspec.DecodeError) as error:
         raise DocumentError(f"{path}: {error}") from error
+
+
+def holds_results(path: Path) -> bool:
+    """Whether it is a file of results, be it of another version."""
+    try:
+        found = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return False
+    return isinstance(found, dict) and {"spec", "runs"} <= set(found)
 
 
 def append_line(path: Path, record: msgspec.Struct) -> None:

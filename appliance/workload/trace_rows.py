@@ -40,7 +40,8 @@ def read_trace(path: Path) -> list[TraceRow]:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise TraceError(f"{path}: cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise TraceError(f"{path}: cannot be read: {why}") from error
     decoder = msgspec.json.Decoder(TraceRow)
     rows = []
     for number, line in enumerate(data.splitlines(), 1):

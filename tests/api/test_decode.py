@@ -99,6 +99,11 @@ def test_a_wrong_type_names_the_field(change, param):
     assert refusal({"messages": MESSAGES, **change}).body.param == param
 
 
+def test_an_object_in_which_nothing_must_be_lost_names_what_it_knows():
+    error = refusal({"messages": MESSAGES, "slo": {"ttft": 5}})
+    assert "no field 'ttft'; known: ttft_ms, tpot_ms, e2e_ms, class" in error.body.message
+
+
 def test_a_missing_field_is_named():
     error = refusal({"model": "m"})
     assert (error.body.code, error.body.param) == ("missing_required_parameter", "messages")

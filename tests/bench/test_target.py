@@ -73,7 +73,7 @@ async def test_a_server_that_takes_nothing_is_named_with_its_own_words() -> None
 async def test_no_server_is_said_so() -> None:
     async with Stub().running() as server:
         url = server.url
-    with pytest.raises(BenchError, match="Is the server up"):
+    with pytest.raises(BenchError, match=r"Is --url right"):
         await ask(url)
 
 

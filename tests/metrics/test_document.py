@@ -9,6 +9,7 @@ from appliance.metrics.document import (
     DocumentError,
     append_line,
     by_policy,
+    check_output,
     read_document,
     read_lines,
     write_document,
@@ -27,6 +28,14 @@ def test_a_document_is_read_back_as_written(tmp_path: Path) -> None:
     write_document(tmp_path / "out.json", document)
     assert read_document(tmp_path / "out.json") == document
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    check_output(tmp_path / "new.json", flag="--json")
+    with pytest.raises(DocumentError, match=r"^--json .*there is no directory .*name another file"):
+        check_output(tmp_path / "nowhere" / "new.json", flag="--json")
+    with pytest.raises(DocumentError, match=r"^--report .*is a directory"):
+        check_output(tmp_path, flag="--report")
 
 
 def test_what_is_no_document_is_named(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def test_a_trace_is_played_at_the_rate_asked_for(tmp_path: Path) -> None:
         (["--without", "luck"], "prefix-cache"),
         (["--workload", "six"], "six"),
         (["--arrivals", "sometimes"], "poisson"),
-        (["--plot", "x.gif"], ".png"),
+        (["--plot", "x.gif"], "--plot x.gif: the name must end in .html or .png"),
+        (["--plot", "nowhere/x.png"], "there is no directory"),
         (["--seconds", "0"], "--seconds"),
         (["--trace", "nowhere.jsonl"], "nowhere"),
     ],
@@ -146,3 +147,17 @@ def test_mistakes_get_one_line_that_names_the_fix(
     assert said in told
     assert told.count("\n") == 1
     assert not (tmp_path / "x.json").exists()
+
+
+def test_earlier_results_are_written_over_and_nothing_else_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    out.write_text('{"somebody": "else\'s"}')
+    given = ["simulate", *SMALL, "--policy", "fcfs", "--load", "0.2", "--seconds", "1"]
+    assert main([*given, "--json", str(out)]) == 2
+    assert "holds no results; name another file" in capsys.readouterr().err
+    assert out.read_text() == '{"somebody": "else\'s"}'
+    out.write_text('{"spec": {}, "runs": []}')
+    assert main([*given, "--json", str(out)]) == 0
+    assert len(json.loads(out.read_bytes())["runs"]) == 1
