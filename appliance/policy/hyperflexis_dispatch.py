@@ -283,51 +283,39 @@ class HyperflexisDispatch:
         least = math.inf
         left = (entry.due - now) * (1.0 + GRACE)
         held_back = entry.lane == "shed"
+        whole, tpot = self._whole(entry.request), entry.request.slo.tpot
+        budget = self._settings.budget
         for id_, each in estimates.items():
             ahead = each.remaining if held_back else each.ahead(entry.key)
             if ahead >= each.limit or each.is_full:
                 continue
-            if not self._bears(entry.request, each):
+            if not each.bears(whole, tpot):
                 continue
             tokens, copy = entry.tokens, 0.0
             if view is not None and entry.request.prefix_hashes:
                 tokens, copy = _missing(view, id_, entry.request, each)
             seconds = copy + each.residual(now) + (ahead + tokens) / each.pace.rate
-            if self._settings.budget and seconds > left:
+            if budget and seconds > left:
                 continue
             score = -(each.remaining + each.view.context_tokens) if fullest else seconds
-            if self._settings.budget and each.harms(entry.key, tokens, now):
+            if budget and each.harms(entry.key, tokens, now):
                 score += 1e3
             if score < least:
                 best, least = id_, score
         return best
 
-    def _bears(self, request: Request, each: Estimate) -> bool:
-        """Whether its decodes and its memory bear one more."""
-        view, settings = each.view, self._settings
-        if not view.assigned and not view.incoming:
-            return True
-        tokens = request.prompt_tokens + self._length(request)
-        if -(-tokens // view.block_tokens) > each.blocks_free:
-            return False
-        if not settings.budget or view.role is Role.PREFILL:
-            return True
-        tight = view.tightest_tpot
-        if request.slo.tpot is not None:
-            tight = request.slo.tpot if tight is None else min(tight, request.slo.tpot)
-        share = each.pace.decode / max(1, view.decodes)
-        return tight is None or each.pace.decode + share <= tight
-
-    def _length(self, request: Request) -> int:
+    def _whole(self, request: Request) -> int:
+        """Tokens of its prompt and a likely answer."""
         known = self._answers.get(request.slo.class_name)
-        return 0 if known is None else known.tokens
+        return request.prompt_tokens + (0 if known is None else known.tokens)
 
     def _best_effort(self, entry: Entry, estimates: Mapping[WorkerId, Estimate]) -> WorkerId | None:
         """Where there is least to do; if there is much everywhere, one at a time to each."""
         little = [id_ for id_, each in estimates.items() if each.is_underfull]
         if not little:
             little = [id_ for id_, each in estimates.items() if not (each.num_late or each.is_full)]
-        little = [id_ for id_ in little if self._bears(entry.request, estimates[id_])]
+        whole, tpot = self._whole(entry.request), entry.request.slo.tpot
+        little = [id_ for id_ in little if estimates[id_].bears(whole, tpot)]
         return min(
             little,
             key=lambda id_: (estimates[id_].remaining / estimates[id_].pace.rate, id_),
@@ -337,7 +325,7 @@ class HyperflexisDispatch:
     def _idle(self, estimates: Mapping[WorkerId, Estimate]) -> WorkerId | None:
         """A worker without any work, if there is one: it takes what no budget allows."""
         for id_, each in estimates.items():
-            if not each.view.assigned and not each.view.incoming:
+            if each.is_idle:
                 return id_
         return None
 

@@ -24,9 +24,11 @@ class Estimate:
         "blocks_free",
         "dues",
         "is_full",
+        "is_idle",
         "is_underfull",
         "keys",
         "limit",
+        "next_decode",
         "num_late",
         "pace",
         "remaining",
@@ -41,6 +43,10 @@ class Estimate:
         self.limit = now_pace.chunk
         """Tokens of more urgent prompts beyond which it gets none."""
         self.is_full = view.assigned + view.incoming >= view.max_num_seqs
+        self.is_idle = not view.assigned and not view.incoming
+        self.next_decode = 0.0
+        """Seconds of a step of all that decodes there and one more; 0 where budgets per token do
+        not count."""
         self.is_underfull = False
         """Whatever it got would be begun soon."""
         self.keys: list[float] = []
@@ -58,6 +64,17 @@ class Estimate:
     def is_open(self, key: float) -> bool:
         """Whether it may get one that is as urgent as that."""
         return not self.is_full and self.sums[bisect_left(self.keys, key)] < self.limit
+
+    def bears(self, tokens: int, tpot: float | None) -> bool:
+        """Whether its memory and its decodes bear one more of so many tokens with that budget per
+        token; an idle worker bears all."""
+        if self.is_idle:
+            return True
+        view, seconds = self.view, self.next_decode
+        if -(-tokens // view.block_tokens) > self.blocks_free:
+            return False
+        tight = view.tightest_tpot
+        return (tight is None or seconds <= tight) and (tpot is None or seconds <= tpot)
 
     def ahead(self, key: float) -> int:
         """Tokens of those that are more urgent."""
@@ -188,6 +205,9 @@ class Workers:
         estimate.remaining = remaining
         estimate.limit = int(self._settings.ahead_steps * estimate.pace.chunk)
         estimate.is_underfull = remaining < estimate.limit and not estimate.is_full
+        if self._settings.budget and worker.role is not Role.PREFILL:
+            alone = estimate.pace.decode
+            estimate.next_decode = alone + alone / max(1, worker.decodes)
         growth = worker.decodes * view.cost.answer_tokens * 0.5
         free = load.blocks_free - worker.promised_blocks
         estimate.blocks_free = free - int((remaining + growth) // size)
