@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from math import inf, isfinite
 from pathlib import Path
 from typing import assert_never
@@ -99,7 +100,7 @@ def arrival_times(
         pieces = rate_pieces(arrivals, rate=rate, seconds=seconds, shares=shares)
         return _piecewise(pieces, draws, classes)
     names = list(shares)
-    cumulative = _running(list(shares.values()))
+    cumulative = list(accumulate(shares.values()))
     times = _stream(arrivals, draws, rate=rate, seconds=seconds)
     return [(at, names[classes.pick(cumulative)]) for at in times]
 
@@ -198,7 +199,7 @@ def _piecewise(pieces: Sequence[Piece], draws: Draws, classes: Draws) -> list[tu
     found: list[tuple[float, str]] = []
     for piece in pieces:
         names = list(piece.rates)
-        cumulative = _running(list(piece.rates.values()))
+        cumulative = list(accumulate(piece.rates.values()))
         if cumulative[-1] <= 0:
             continue
         at = piece.start + draws.exponential(1.0 / cumulative[-1])
@@ -227,14 +228,6 @@ def _repeated(times: Sequence[float], *, rate: float, seconds: float) -> list[fl
             found.append(at)
         turn += 1
     return found
-
-
-def _running(weights: Sequence[float]) -> list[float]:
-    total, sums = 0.0, []
-    for weight in weights:
-        total += weight
-        sums.append(total)
-    return sums
 
 
 def _positive(number: str, text: str) -> float:

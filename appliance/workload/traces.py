@@ -4,6 +4,7 @@ What a trace lacks comes from the specification: classes by the shares, targets 
 arrivals where only lengths are known. A load factor divides the times."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import msgspec
 
@@ -57,7 +58,7 @@ def trace_items(
     calibration = calibration or spec.calibration
     size = block_tokens(rows) if prefix_block_tokens is None else prefix_block_tokens
     classes = Draws(seed, "trace classes")
-    cumulative = _running([one.share for one in spec.classes])
+    cumulative = list(accumulate(one.share for one in spec.classes))
     items: list[Item] = []
     for at, row in placed:
         drawn = spec.classes[classes.pick(cumulative)].name
@@ -161,11 +162,3 @@ def _slo(
 
 def _scaled(milliseconds: float | None, scale: float) -> float | None:
     return None if milliseconds is None else milliseconds * scale / 1000
-
-
-def _running(weights: Sequence[float]) -> list[float]:
-    total, sums = 0.0, []
-    for weight in weights:
-        total += weight
-        sums.append(total)
-    return sums
