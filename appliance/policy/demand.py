@@ -334,7 +334,7 @@ def _first(shape: Division, load: Load, shares: _Shares, *, level: float) -> flo
     capacity, workers = _prompt_capacity(shape, load, shares), shape.prefill + shape.mixed
     busy = min(level, FULL)
     each = load.prompt_tokens * workers / capacity
-    queue = busy ** (math.sqrt(2 * (workers + 1)) - 1) / (workers * (1 - busy)) * each
+    queue = math.pow(busy, math.sqrt(2 * (workers + 1)) - 1) / (workers * (1 - busy)) * each
     piling = max(0.0, level - FULL) * AHEAD
     return alone + queue * VARIED + load.backlog_tokens / capacity + piling
 
