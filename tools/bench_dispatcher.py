@@ -4,15 +4,16 @@ Eight workers run 64 sequences each and report step after step, while 1,000 requ
 kinds of reports are timed apart: those in which nobody finished (nothing to decide), and those in
 which one sequence finished (a waiting request is placed: a decision). The requests are of five
 classes with different budgets, prompts and lengths. `--journal` adds the journal's record;
-`--policy` takes policies as `appliance simulate` does, or "all".
+`--policy` takes policies as `appliance simulate` does, or "all". `--cpu` counts the processor time
+of the thread: on a machine with other work, wall time measures that too.
 
-    python -m tools.bench_dispatcher [--rounds N] [--journal] [--policy NAME[,NAME]|all]
+    python -m tools.bench_dispatcher [--rounds N] [--journal] [--cpu] [--policy NAME[,NAME]|all]
 """
 
 import argparse
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from appliance.core.dispatcher import Dispatcher, DispatcherConfig
 from appliance.core.journal import Journal, JournalHeader
@@ -54,13 +55,20 @@ SLOS = (
 class Bench:
     """A node under load and the times of its calls in microseconds."""
 
-    def __init__(self, choice: PolicyChoice, *, journal: bool) -> None:
+    def __init__(
+        self,
+        choice: PolicyChoice,
+        *,
+        journal: bool,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         specs = [WorkerSpec(id=WorkerId(w), devices=("cpu",)) for w in range(NUM_WORKERS)]
         config = DispatcherConfig(max_model_len=8192, max_queue=10**6, max_queue_tokens=10**9)
         policy = choice.make()
         self.node = Dispatcher(config, workers=specs, policy=policy.dispatch)
         header = JournalHeader(config=config, workers=tuple(specs), policy=choice.name)
         self._journal = Journal(header) if journal else None
+        self._clock = clock
         self.now = 0.0
         self._next_id = 0
         self._running: dict[WorkerId, list[RequestId]] = {spec.id: [] for spec in specs}
@@ -125,11 +133,11 @@ class Bench:
 
     def _hear(self, message: Arrived | StepReported | WorkerUp | Woke) -> float:
         self.now += 0.0001
-        begin = time.perf_counter()
+        begin = self._clock()
         outputs: Sequence[Output] = self.node.handle(message, self.now)
         if self._journal is not None:
             self._journal.record(self.now, "bench", message, outputs)
-        seconds = time.perf_counter() - begin
+        seconds = self._clock() - begin
         for output in outputs:
             if isinstance(output, Assign):
                 self._running[output.worker].append(output.request.id)
@@ -152,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1000, help="steps per worker and kind")
     parser.add_argument("--journal", action="store_true", help="record each call as well")
+    parser.add_argument("--cpu", action="store_true", help="processor time, not wall time")
     parser.add_argument("--policy", default="fcfs", help="names with commas between them, or all")
     options = parser.parse_args()
     choices = (
@@ -160,12 +169,19 @@ def main() -> None:
         else parse_choices(options.policy)
     )
     for choice in choices:
-        measure(choice, rounds=options.rounds, journal=options.journal)
+        measure(
+            choice,
+            rounds=options.rounds,
+            journal=options.journal,
+            clock=time.thread_time if options.cpu else time.perf_counter,
+        )
 
 
-def measure(choice: PolicyChoice, *, rounds: int, journal: bool) -> None:
+def measure(
+    choice: PolicyChoice, *, rounds: int, journal: bool, clock: Callable[[], float]
+) -> None:
     """One policy's lines."""
-    bench = Bench(choice, journal=journal)
+    bench = Bench(choice, journal=journal, clock=clock)
     plain: list[float] = []
     deciding: list[float] = []
     arrivals: list[float] = []
