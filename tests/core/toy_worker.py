@@ -44,6 +44,7 @@ from appliance.core.types import (
     WorkerId,
 )
 from appliance.policy.parts import fill_fcfs, victim_latest
+from tests.core.in_flight import InFlight
 
 WORKER = WorkerId(0)
 FCFS = BatchSlots(victim=victim_latest, fill=fill_fcfs)
@@ -208,39 +209,6 @@ def request_of_task(task: Task, emitted: Sequence[int], block_tokens: int) -> Re
         slo=task.slo,
         priority=task.priority,
     )
-
-
-class InFlight:
-    """Watches that no plan writes a block that an unfinished plan of another sequence touches:
-    steps may overlap, so what is in a step cannot be taken back."""
-
-    def __init__(self, groups: Sequence[CacheGroupSpec]) -> None:
-        self._groups = groups
-        self._tables: dict[int, list[list[int]]] = {}
-        self._touched: deque[dict[tuple[int, int], set[int]]] = deque()
-
-    def planned(self, plan: StepPlan) -> None:
-        touches: dict[tuple[int, int], set[int]] = {}
-        for item in plan.work:
-            tables = self._tables.setdefault(item.id, [[] for _ in self._groups])
-            for group, (spec, blocks) in enumerate(zip(self._groups, item.new_blocks, strict=True)):
-                if item.fresh:
-                    tables[group] = []
-                tables[group].extend(blocks)
-                size = spec.block_tokens
-                seen = item.start + 1 - (spec.window or item.start + 1)
-                last = (item.start + item.num_tokens - 1) // size
-                for index in range(max(0, seen) // size, last + 1):
-                    block = tables[group][index]
-                    touches.setdefault((group, block), set()).add(item.id)
-                    if index >= item.start // size:
-                        users = [touched.get((group, block), set()) for touched in self._touched]
-                        others = set().union(*users) - {item.id}
-                        assert not others, f"block {block} of {others} was taken back from a step"
-        self._touched.append(touches)
-
-    def finished(self) -> None:
-        self._touched.popleft()
 
 
 class ToyWorker:
