@@ -91,8 +91,9 @@ def main() -> None:
 
 
 def simulated_run(run: LiveRun, setup: dict[str, object], machine: Machine) -> Summary:
-    """The same requests in the simulator."""
-    seconds, warm_up = (float(str(setup[name])) for name in ("seconds", "warm_up"))
+    """The same requests in the simulator, which waits for open answers as long as the client."""
+    names = ("seconds", "warm_up", "drain")
+    seconds, warm_up, drain = (float(str(setup[name])) for name in names)
     items = generate(
         load_spec(str(setup["workload"])),
         rate=run.rate,
@@ -100,7 +101,7 @@ def simulated_run(run: LiveRun, setup: dict[str, object], machine: Machine) -> S
         seed=run.seed,
         arrivals=parse_arrivals(run.arrivals),
     )
-    result = simulate(items, parse_choice(run.policy), machine, seed=run.seed)
+    result = simulate(items, parse_choice(run.policy), machine, seed=run.seed, drain_seconds=drain)
     return summarise(
         result.outcomes,
         policy=run.policy,
