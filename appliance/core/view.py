@@ -294,11 +294,12 @@ class SeqView(Protocol):
 
     @property
     def emitted_before(self) -> int:
-        """Those of `num_emitted` that came from other workers."""
+        """Those of `num_emitted` that were there when its KV was computed anew: they came from a
+        worker that died. A move changes nothing about it."""
 
     @property
     def first_token_at(self) -> float | None:
-        """When the first token after those came from here."""
+        """When the first token after those came, from here or from where it moved away."""
 
 
 class LocalView(Protocol):

@@ -15,11 +15,13 @@ from appliance.core.messages import (
     CacheChanged,
     Heartbeat,
     KvPulled,
+    Migrate,
     Park,
     PrefixPulled,
     Pull,
     PullFailed,
     Refused,
+    Release,
     Report,
 )
 from appliance.core.peer import (
@@ -327,6 +329,61 @@ def test_what_is_here_or_on_its_way_is_not_given_twice() -> None:
         target.assign(1)
     with pytest.raises(ProtocolError, match="not under way"):
         target.batcher.copied(copied(), 0.0)
+
+
+def move(source: Batcher, target: Batcher, wanted: Request, *, number: int, now: float) -> None:
+    """Let a sequence that decodes go from one Batcher to another, all the way."""
+    emitted = source.queues.by_id[wanted.id].num_emitted
+    pull = Pull(
+        worker=target.worker,
+        move=MoveId(number),
+        request=wanted,
+        source=source.worker,
+        emitted_tokens=emitted,
+    )
+    target.handle(pull, now)
+    go = Migrate(
+        worker=source.worker,
+        move=MoveId(number),
+        request_id=wanted.id,
+        target=target.worker,
+        live=False,
+        lease_seconds=10.0,
+    )
+    source.handle(go, now)
+    for _ in range(5):
+        for _, message in target.drain_peer():
+            source.hear_peer(target.worker, message, now)
+        for _, message in source.drain_peer():
+            final = isinstance(message, Offered) and message.final
+            hashes = wanted.prefix_hashes if final else ()
+            target.hear_peer(source.worker, message, now, hashes=hashes)
+        for job in target.drain_copies():
+            target.copied(copied(move=job.move), now)
+    assert target.is_live(wanted.id)
+    source.handle(Release(worker=source.worker, request_id=wanted.id, move=MoveId(number)), now)
+    assert not source.is_live(wanted.id)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_after_two_moves_the_true_first_token_is_known(before: int) -> None:
+    """`before`: tokens of a worker that died."""
+    config = BatcherConfig(max_model_len=64)
+    first, second, third = (
+        Batcher(WorkerId(number), config, groups=[paged(32)], policy=FCFS) for number in range(3)
+    )
+    wanted = request(slo=Slo(ttft=5.0, tpot=0.5))
+    first.handle(Assign(worker=first.worker, request=wanted, emitted_tokens=before), 0.0)
+    first.finish_step(result_of(first.next_step(0.0), 1), 1.0)
+    assert first.queues.by_id[ID].first_token_at == 1.0
+    move(first, second, wanted, number=1, now=2.0)
+    second.finish_step(result_of(second.next_step(2.0), 1), 3.0)
+    move(second, third, wanted, number=2, now=4.0)
+    for now in (5.0, 6.0):
+        seq = third.queues.by_id[ID]
+        assert (seq.first_token_at, seq.emitted_before) == (1.0, before)
+        third.finish_step(result_of(third.next_step(now), 1), now)
+    assert third.queues.by_id[ID].num_emitted == before + 4
 
 
 def test_slack_is_what_is_left_until_the_next_token_is_due() -> None:
