@@ -155,7 +155,7 @@ class _Asking:
 
     async def find_route(self) -> None:
         """The first of the routes that is answered. Raises `BenchError`."""
-        told: list[str] = []
+        told: dict[str, list[str]] = {}
         for route, first_id in (
             *((Route.IDS, first) for first in ID_RANGES),
             (Route.TEXT, ID_RANGES[0]),
@@ -166,12 +166,16 @@ class _Asking:
             answer = await self._ask(self._prompt())
             if answer.finished:
                 return
-            told.append(f"{route}: {answer.error} {answer.message}".strip())
+            words = f"{answer.error} {answer.message}".strip()
+            told.setdefault(words, []).append(str(route))
             if answer.status == 503 or not answer.status:
                 break
-        words = "; ".join(dict.fromkeys(told))
+        reasons = "; ".join(
+            f"{', '.join(dict.fromkeys(routes))}: {words}" for words, routes in told.items()
+        )
         raise BenchError(
-            f"the server answers no route ({words}). One that knows no ignore_eos: try --natural."
+            f"the server answers no route ({reasons}). Is --model right? One that knows no "
+            "ignore_eos: try --natural."
         )
 
     async def find_scale(self) -> None:
