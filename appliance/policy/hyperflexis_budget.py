@@ -76,7 +76,7 @@ class Pace(NamedTuple):
     rate: float
     """Prompt tokens per second."""
     decode: float
-    """Seconds of a step without prompts (tail)."""
+    """Seconds of a step without prompts, one more in decode than there are (tail)."""
 
 
 def pace(

@@ -160,8 +160,9 @@ class Workers:
         return rows
 
     def pace_of(self, view: NodeView, worker: WorkerView) -> Pace:
-        """Its pace beside what decodes there; numbers alike are looked up."""
-        decodes, context = (worker.decodes + 1) >> 1 << 1, worker.context_tokens >> 12 << 12
+        """Its pace beside what decodes there and one more; numbers alike are looked up."""
+        decodes = (worker.decodes + 2) >> 1 << 1 if worker.decodes else 0
+        context = (worker.context_tokens + 4096) >> 12 << 12 if decodes else 0
         tight = worker.tightest_tpot if worker.role is not Role.PREFILL else None
         key = (decodes, context, tight, worker.max_batch_tokens)
         known = self._paces.get(key)
@@ -206,8 +207,7 @@ class Workers:
         estimate.limit = int(self._settings.ahead_steps * estimate.pace.chunk)
         estimate.is_underfull = remaining < estimate.limit and not estimate.is_full
         if self._settings.budget and worker.role is not Role.PREFILL:
-            alone = estimate.pace.decode
-            estimate.next_decode = alone + alone / max(1, worker.decodes)
+            estimate.next_decode = estimate.pace.decode
         growth = worker.decodes * view.cost.answer_tokens * 0.5
         free = load.blocks_free - worker.promised_blocks
         estimate.blocks_free = free - int((remaining + growth) // size)
