@@ -75,12 +75,14 @@ class StepLoop:
         progress: Progress,
         ties: Ties | None = None,
         on_idle: Callable[[], None] = _nothing,
+        took: Callable[[], float] | None = None,
         after_step: Callable[[], None] = _nothing,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`ties` are those to peers, if there may be any. `on_idle` is called before the loop
-        sleeps with nothing to compute; `after_step` when the books of a step are closed (checks of
-        the laws)."""
+        sleeps with nothing to compute; `took` says how long the last step lasted by the device's
+        own clock (None: the time between two looks at `clock`); `after_step` is called when the
+        books of a step are closed (checks of the laws)."""
         self._start = start
         self._channel = channel
         self._engine = engine
@@ -89,6 +91,7 @@ class StepLoop:
         self._faults = faults
         self._progress = progress
         self._on_idle = on_idle
+        self._took = took
         self._after_step = after_step
         self._clock = clock
         self._sequences: dict[RequestId, ServedSequence] = {}
@@ -290,7 +293,8 @@ class StepLoop:
         self._plans.popleft()
         failures = self._give_up(sampled, now)
         outputs, results = self._text_of(sampled)
-        result = StepResult(step=plan.step, results=tuple(results), elapsed=now - began)
+        elapsed = now - began if self._took is None else self._took()
+        result = StepResult(step=plan.step, results=tuple(results), elapsed=elapsed)
         reports = self._batcher.finish_step(result, now)
         self._close(reports, outputs)
         reports[1:1] = failures

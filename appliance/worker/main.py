@@ -145,6 +145,7 @@ class _Worker:
             progress=self._progress,
             ties=None if pool is None else pool.ties,
             on_idle=opened.on_idle,
+            took=opened.took,
             after_step=_laws_of(batcher) if start.validate else _nothing,
         )
         opened.attend(loop.listen_until)
@@ -213,6 +214,8 @@ class OpenedEngine:
     """To be called when nothing is to be computed."""
     attend: Attend = _nothing
     """Wants to be told how to wait."""
+    took: Callable[[], float] | None = None
+    """Seconds of the last step by the device's own clock; None: it has none."""
 
 
 def open_engine(
@@ -227,7 +230,9 @@ def open_engine(
         case "paced":
             paced = PacedEngine.open(start, weights_fd=None, kv_fd=kv_fd)
             size = KV_SLOT_BYTES * start.block_tokens
-            return OpenedEngine(paced, paced.memory, size, paced.rest, paced.wait_with)
+            return OpenedEngine(
+                paced, paced.memory, size, paced.rest, paced.wait_with, took=paced.took
+            )
         case "torch":
             if not weight_fds:
                 raise ValueError("the torch engine needs the descriptor of a weight slab")

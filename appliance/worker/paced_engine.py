@@ -102,6 +102,7 @@ class PacedEngine:
         self._block_tokens = block_tokens
         self._validate = validate
         self._pacer = Pacer(clock=clock)
+        self._took = 0.0
         self._sequences: dict[RequestId, _Sequence] = {}
         powers = np.full(max_positions + 1, BASE, dtype=np.uint64)
         powers[0] = 1
@@ -197,8 +198,14 @@ class PacedEngine:
             num_pairs=num_pairs,
             num_kv_tokens=num_kv_tokens,
         )
+        self._took = seconds
         self._wait_until(self._pacer.due(begun, seconds))
         return sampled
+
+    def took(self) -> float:
+        """Seconds of the last step on the device: those of the profile, however late the host was
+        to notice its end."""
+        return self._took
 
     def _extend_table(self, sequence: _Sequence, work: SeqWork) -> None:
         if work.fresh:

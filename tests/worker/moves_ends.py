@@ -134,6 +134,7 @@ def serve_in_thread(end: End, wrap: Wrap) -> None:
             progress=Progress(),
             ties=pool.ties,
             on_idle=opened.on_idle,
+            took=opened.took,
             after_step=BatchWatch(batcher).check,
         )
         opened.attend(loop.listen_until)

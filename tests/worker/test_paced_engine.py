@@ -343,6 +343,7 @@ def test_steps_in_a_row_keep_to_the_schedule_and_rest_ends_it(tokens: TokenText)
     rig.step(rig.work(1, n, 1))
     decode = profile.step_seconds(num_tokens=1, num_samples=1, num_pairs=n + 1, num_kv_tokens=n + 1)
     assert rig.clock.waits[1] == pytest.approx(due + decode)
+    assert rig.engine.took() == pytest.approx(decode)
     rig.engine.rest()
     rig.clock.now += 0.003
     rig.step(rig.work(1, n + 1, 1))
