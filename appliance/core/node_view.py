@@ -21,6 +21,9 @@ from appliance.core.view import (
 if TYPE_CHECKING:
     from appliance.core.node_state import NodeState
 
+TYPICAL_PROMPT = 1000
+"""Tokens; of such a prompt is what one token takes."""
+
 
 class DispatcherView:
     """Looks into a `NodeState`."""
@@ -91,12 +94,12 @@ class DispatcherView:
     def overdue(self, now: float) -> int:
         """Waiting requests whose prompt cannot be computed in time any more."""
         state, late = self._state, 0
+        each = state.cost.prefill_seconds(TYPICAL_PROMPT) / TYPICAL_PROMPT
         for request in state.requests.queue.requests():
             if request.slo.ttft is None:
                 continue
-            seconds = state.cost.prefill_seconds(request.prompt_tokens)
-            record = state.requests.get(request.id)
-            if now + seconds > request.arrived + request.slo.ttft:
+            if now + each * request.prompt_tokens > request.arrived + request.slo.ttft:
+                record = state.requests.get(request.id)
                 late += record is not None and record.first_token_at is None
         return late
 

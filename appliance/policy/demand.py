@@ -18,6 +18,7 @@ what the others cannot, at equal levels."""
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import msgspec
 
@@ -41,7 +42,7 @@ Plane = tuple[float, float, float, float, float]
 """Seconds per (step, prompt token, pair, decode, token of context)."""
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class Load(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What has to be served, predicted, and what a worker can do. Rates are of the whole node."""
 
     prompt_rate: float
@@ -72,7 +73,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         row = (1.0, num_tokens, pairs, decodes, context)
         return max(sum(k * x for k, x in zip(plane, row, strict=True)) for plane in self.planes)
 
-    @property
+    @cached_property
     def allowed(self) -> float:
         """Longest mean step where something decodes; infinite without a target."""
         tpot = self.targets.tpot
@@ -80,10 +81,13 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
             return math.inf
         return max(tpot / self.tail, 1.25 * self.step(0.0, 1.0))
 
-    def per_token(self, plane: Plane) -> tuple[float, float]:
-        """Seconds of a prompt token and of a decode in this plane."""
-        _, token, pair, decode, context = plane
-        return token + pair * self.prompt_tokens / 2, decode + context * self.context_tokens
+    @cached_property
+    def costs(self) -> tuple[tuple[float, float, float], ...]:
+        """Seconds of a step, of a prompt token and of a decode in each plane."""
+        return tuple(
+            (base, token + pair * self.prompt_tokens / 2, decode + context * self.context_tokens)
+            for base, token, pair, decode, context in self.planes
+        )
 
     def keeps_up(self, prompts: float, tokens: float, allowed: float) -> bool:
         """Whether one worker can compute `prompts` prompt tokens and emit `tokens` each second with
@@ -92,30 +96,33 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         if tokens > 0.0:
             seconds = min(seconds, self.max_num_seqs / tokens)
         seconds = min(seconds, self.max_batch_tokens / max(prompts + tokens, 1e-9))
-        for plane in self.planes:
-            token, decode = self.per_token(plane)
-            if plane[0] + seconds * (prompts * token + tokens * decode) > seconds:
-                return False
-        return True
+        return all(
+            base + seconds * (prompts * token + tokens * decode) <= seconds
+            for base, token, decode in self.costs
+        )
 
-    @property
+    @cached_property
+    def longest(self) -> float:
+        """Seconds of a full step beside a full batch."""
+        return self.step(float(self.max_batch_tokens), float(self.max_num_seqs))
+
+    @cached_property
     def prefill(self) -> float:
         """Workers that prompts keep busy."""
         most = self.max_batch_tokens
-        each = max(plane[0] / most + self.per_token(plane)[0] for plane in self.planes)
+        each = max(base / most + token for base, token, _ in self.costs)
         return self.prompt_rate * each
 
-    @property
+    @cached_property
     def full_batch(self) -> float:
         """The largest batch of decodes within the tightest TPOT."""
         allowed, batch = self.allowed, float(min(self.max_num_seqs, self.max_batch_tokens))
-        for plane in self.planes:
-            _, decode = self.per_token(plane)
+        for base, _, decode in self.costs:
             if decode > 0.0 and allowed < math.inf:
-                batch = min(batch, (allowed - plane[0]) / decode)
+                batch = min(batch, (allowed - base) / decode)
         return max(1.0, batch)
 
-    @property
+    @cached_property
     def decode(self) -> float:
         """Workers that answers keep busy: the rate over `mu`."""
         batch = self.full_batch
@@ -265,12 +272,11 @@ def _shares(shape: Division, load: Load, level: float) -> _Shares:
 
 def _shortest(load: Load, *, prompts: float, tokens: float) -> float:
     """The shortest step that keeps up with these rates, as far as there is one."""
-    longest = load.step(float(load.max_batch_tokens), float(load.max_num_seqs))
+    longest = load.longest
     seconds = 0.0
-    for plane in load.planes:
-        token, decode = load.per_token(plane)
+    for base, token, decode in load.costs:
         left = 1.0 - prompts * token - tokens * decode
-        seconds = max(seconds, plane[0] / left if left > 0.0 else longest)
+        seconds = max(seconds, base / left if left > 0.0 else longest)
     return min(seconds, longest)
 
 
@@ -344,11 +350,10 @@ def _prompt_capacity(shape: Division, load: Load, shares: _Shares) -> float:
     most = float(load.max_batch_tokens)
     seconds = min(load.allowed, load.step(most, _batch(load, shares)))
     alone = beside = math.inf
-    for plane in load.planes:
-        token, decode = load.per_token(plane)
+    for base, token, decode in load.costs:
         if token > 0.0:
-            alone = min(alone, 1.0 / (plane[0] / most + token))
-            beside = min(beside, (1.0 - plane[0] / seconds - shares.tokens * decode) / token)
+            alone = min(alone, 1.0 / (base / most + token))
+            beside = min(beside, (1.0 - base / seconds - shares.tokens * decode) / token)
     total = shape.prefill * alone + shape.mixed * max(beside, 0.02 * alone)
     return max(total, 1e-9)
 
@@ -358,8 +363,7 @@ def _fitting(load: Load, decodes: float) -> float:
     allowed, most = load.allowed, float(load.max_batch_tokens)
     if allowed == math.inf:
         return most
-    for plane in load.planes:
-        token, decode = load.per_token(plane)
+    for base, token, decode in load.costs:
         if token > 0.0:
-            most = min(most, (allowed - plane[0] - decodes * decode) / token)
+            most = min(most, (allowed - base - decodes * decode) / token)
     return max(most, 0.02 * load.max_batch_tokens)

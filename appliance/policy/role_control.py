@@ -48,6 +48,8 @@ from appliance.policy.settings import read_settings
 
 EFFORT = 0.02
 """Pressure that each worker more of a change must save."""
+AT_ONCE = 4
+"""Workers that may always change together; of a larger node half."""
 CACHE_SECONDS = 60.0
 """How long it is remembered what share of the prompts was found in caches."""
 FIT = 0
@@ -303,7 +305,9 @@ class RoleController:
         must keep their role a while yet, or the imbalance would only turn round."""
         present = division_of(workers)
         stay = present.common(wanted)
-        if wanted == present or not _keeps_sign(present, wanted, load):
+        if wanted == present or present.total - stay.total > max(AT_ONCE, present.total // 2):
+            return None
+        if not _keeps_sign(present, wanted, load):
             return None
         lacks = [role for role in Role for _ in range(wanted.count(role) - stay.count(role))]
         free: list[WorkerView] = []
