@@ -400,9 +400,9 @@ class ToyWorker:
                 case _:
                     pass
         if self.drops:
-            for request_id in list(self.engine.rows):
-                if not self.batcher.is_live(RequestId(request_id)):
-                    self.engine.drop(request_id)
+            for number in list(self.engine.rows):
+                if not self.batcher.is_live(RequestId(number)):
+                    self.engine.drop(number)
         for report in reports:
             if isinstance(report, Aborted) and report.request_id in self.emitted:
                 emitted = self.emitted[report.request_id]

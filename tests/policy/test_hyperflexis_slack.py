@@ -40,7 +40,7 @@ def test_an_answer_that_cannot_catch_up_leaves_the_bound_to_the_others() -> None
     rig.assign(3, prompt=8000, slo=Slo(ttft=60.0))
     plan = rig.plan()
     assert set(tokens(plan)) == {1, 2, 3}
-    assert 0.005 < rig.seconds(plan) <= 0.05
+    assert 0.02 < rig.seconds(plan) <= 0.05
 
 
 def with_prefix(rig: Rig, number: int, *, slo: Slo, prompt: int, max_tokens: int) -> None:
