@@ -264,7 +264,7 @@ class HyperflexisDispatch:
     def _choose(
         self, view: NodeView, entry: Entry, estimates: Mapping[WorkerId, Estimate], now: float
     ) -> WorkerId | None:
-        if entry.lane == "lane":
+        if entry.lane == "lane" or entry.due <= now:  # the latter where nobody is demoted
             return self._best_effort(entry, estimates)
         best = self._best(entry, estimates, now, view=view)
         return self._idle(estimates) if best is None and entry.lane == "main" else best
@@ -284,7 +284,7 @@ class HyperflexisDispatch:
         left = (entry.due - now) * (1.0 + GRACE)
         held_back = entry.lane == "shed"
         whole, tpot = self._whole(entry.request), entry.request.slo.tpot
-        budget = self._settings.budget
+        budget = self._settings.budget and self._settings.priority
         for id_, each in estimates.items():
             ahead = each.remaining if held_back else each.ahead(entry.key)
             if ahead >= each.limit or each.is_full:
@@ -295,11 +295,9 @@ class HyperflexisDispatch:
             if view is not None and entry.request.prefix_hashes:
                 tokens, copy = _missing(view, id_, entry.request, each)
             seconds = copy + each.residual(now) + (ahead + tokens) / each.pace.rate
-            if budget and seconds > left:
+            if budget and (seconds > left or each.harms(entry.key, tokens, now)):
                 continue
             score = -(each.remaining + each.view.context_tokens) if fullest else seconds
-            if budget and each.harms(entry.key, tokens, now):
-                score += 1e3
             if score < least:
                 best, least = id_, score
         return best

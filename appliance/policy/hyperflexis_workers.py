@@ -4,7 +4,7 @@ A worker computes its prompts one after the other in the order of urgency, at th
 decodes leave. So a newcomer waits for the step under way, and for the tokens of those that are more
 urgent; those that are less urgent wait for the newcomer."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 
 from appliance.core.lifecycle import WorkerState
@@ -63,7 +63,7 @@ class Estimate:
 
     def is_open(self, key: float) -> bool:
         """Whether it may get one that is as urgent as that."""
-        return not self.is_full and self.sums[bisect_left(self.keys, key)] < self.limit
+        return not self.is_full and self.sums[bisect_right(self.keys, key)] < self.limit
 
     def bears(self, tokens: int, tpot: float | None) -> bool:
         """Whether its memory and its decodes bear one more of so many tokens with that budget per
@@ -77,8 +77,8 @@ class Estimate:
         return (tight is None or seconds <= tight) and (tpot is None or seconds <= tpot)
 
     def ahead(self, key: float) -> int:
-        """Tokens of those that are more urgent."""
-        return self.sums[bisect_left(self.keys, key)]
+        """Tokens of those that are as urgent, or more."""
+        return self.sums[bisect_right(self.keys, key)]
 
     def residual(self, now: float) -> float:
         """Seconds until a newcomer can begin."""
@@ -87,7 +87,7 @@ class Estimate:
     def harms(self, key: float, tokens: int, now: float) -> bool:
         """Whether a newcomer with so many tokens would make one that waits behind it late, which
         would not be so otherwise."""
-        index = bisect_left(self.keys, key)
+        index = bisect_right(self.keys, key)
         start, rate = now + self.residual(now), self.pace.rate
         for place in range(index, len(self.keys)):
             done = start + self.sums[place + 1] / rate

@@ -348,6 +348,12 @@ def test_without_priorities_the_tight_classes_wait_behind_the_loose_ones() -> No
     assert share(with_order, "code") > share(without, "code") + 0.2
 
 
+@pytest.mark.parametrize("setting", ["late=keep", "priority=false", "budget=false"])
+def test_nobody_starves_whatever_is_switched_off(setting: str) -> None:
+    outcomes = run(f"hyperflexis{{{setting}}}", five(35.0, 8.0)).outcomes
+    assert all(each.finished for each in outcomes if not each.error)
+
+
 @pytest.mark.parametrize("setting", ["order=slack", "order=density", "overload=none", "late=keep"])
 def test_each_choice_serves_everybody(setting: str) -> None:
     items = five(25.0, 6.0)
