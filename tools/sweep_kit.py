@@ -21,6 +21,7 @@ from msgspec import field
 
 from appliance.config import bundled_models
 from appliance.core.types import Record
+from appliance.metrics.document import read_lines
 from appliance.metrics.outcome import Outcome
 from appliance.metrics.phases import Recovery, recoveries
 from appliance.metrics.score import Summary, attained, first_miss
@@ -123,11 +124,7 @@ class LiveRun(Summary, frozen=True, kw_only=True):
 
 def read_runs(path: Path) -> list[LiveRun]:
     """Runs of a file of lines; a cut-off last line is none, void ones are left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    runs = [msgspec.json.decode(line, type=LiveRun) for line in lines if line]
-    return [run for run in runs if not run.void]
+    return [run for run in read_lines(path, LiveRun) if not run.void]
 
 
 def model_directory(positions: int, *, parent: Path) -> Path:

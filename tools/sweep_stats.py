@@ -69,11 +69,6 @@ class Sample:
         worst: NDArray[np.float64] = shares.min(axis=1)
         return worst
 
-    def class_attainment(self, policy: str, rate: float, name: str) -> tuple[int, int]:
-        """(attained, offered) as measured."""
-        offered, attained = self._counts[policy, rate][0, self.classes.index(name)]
-        return int(attained), int(offered)
-
     def capacities(
         self, policy: str, quantity: Quantity, threshold: float
     ) -> tuple[Capacity, NDArray[np.float64]]:

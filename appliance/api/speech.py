@@ -4,7 +4,7 @@ Both are read off the chat template, as far as the operator does not say otherwi
 wants what the model cannot do is refused by name.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from aiohttp import web
@@ -120,8 +120,3 @@ async def begins_inside(text: TextService, prompt: Encoded) -> bool:
     """Whether the prompt ends with the opening tag of thoughts."""
     tail = await text.decode(prompt.ids[-TAIL:], skip_special_tokens=False)
     return tail.rstrip().endswith(OPENER)
-
-
-def without_thinking(kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether the client's own template variables switch thoughts off."""
-    return kwargs is not None and kwargs.get(SWITCH) is False

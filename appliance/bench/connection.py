@@ -189,11 +189,6 @@ class Pool:
             await asyncio.sleep(0)
         self._all.clear()
 
-    @property
-    def num_connections(self) -> int:
-        """Open ones."""
-        return len(self._all)
-
     async def _open(self) -> Connection:
         loop = asyncio.get_running_loop()
         if self._address is None:

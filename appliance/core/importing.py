@@ -26,6 +26,7 @@ from appliance.core.messages import Aborted, KvPulled, Pull, PullFailed, Report
 from appliance.core.peer import Asked, CopyDone, CopyJob, Dropped, Offered, Taken, Withdrawn
 from appliance.core.peer_mail import PeerMail
 from appliance.core.sequence import LiveSequence, Queues
+from appliance.core.slo import due, slack
 from appliance.core.types import BlockHash, BlockId, MoveId, Request, RequestId, WorkerId
 
 ROOM_AHEAD = 2
@@ -90,14 +91,6 @@ class Import:
     def offered(self) -> int:
         """Leading blocks that are here, being copied, or offered."""
         return self.issued + len(self.pending)
-
-
-def slack(request: Request, emitted: int, now: float) -> float | None:
-    """Seconds until the next token of this request is due; None without a target."""
-    slo = request.slo
-    if slo.ttft is None:
-        return None
-    return request.arrived + slo.ttft + emitted * (slo.tpot or 0.0) - now
 
 
 class Importer:
@@ -344,10 +337,15 @@ class Importer:
                 targets=tuple(table.blocks[0][first : first + count]),
                 generations=tuple([generation for _, generation, _ in parts]),
                 checksums=tuple([check for _, _, check in parts if check is not None]),
-                slack=slack(each.seq.request, emitted, now),
+                slack=self._slack(each.seq.request, emitted, now),
             )
         )
         each.jobs.append(first + count)
+
+    def _slack(self, request: Request, emitted: int, now: float) -> float | None:
+        """Seconds until the next token is due; its real first token is not known here."""
+        deadline = due(request.slo, emitted, arrived=request.arrived, first_token_at=None)
+        return slack(deadline, now)
 
     def _tell(self, each: Import, table: BlockTable) -> None:
         state = (each.taken, table.num_blocks)

@@ -55,7 +55,7 @@ class Totals:
         self.finished += 1
         self.emitted_tokens += record.emitted
         slo = record.request.slo
-        if slo.ttft is None and slo.tpot is None and slo.e2e is None:
+        if not slo.has_targets:
             return
         how = verdict(
             slo,

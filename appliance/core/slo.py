@@ -15,13 +15,9 @@ def first_token_deadline(request: Request) -> float | None:
     return None if ttft is None else request.arrived + ttft
 
 
-def token_deadline(request: Request, index: int, *, first_token_at: float | None) -> float | None:
-    """When token `index` (0 = first) is due; the end-to-end target bounds every token."""
-    return due(request.slo, index, arrived=request.arrived, first_token_at=first_token_at)
-
-
 def due(slo: Slo, index: int, *, arrived: float, first_token_at: float | None) -> float | None:
-    """When token `index` (0 = first) of a request that came at `arrived` is due."""
+    """When token `index` (0 = first) of a request that came at `arrived` is due; the end-to-end
+    target bounds every token."""
     first = None if slo.ttft is None else arrived + slo.ttft
     by_gaps: float | None = None
     if index == 0:

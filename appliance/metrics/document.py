@@ -3,12 +3,14 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from appliance.core.types import Record
 from appliance.metrics.score import Summary
+
+SummaryT = TypeVar("SummaryT", bound=Summary)
 
 
 class DocumentError(ValueError):
@@ -78,16 +80,16 @@ def append_lines(path: Path, records: Iterable[msgspec.Struct]) -> None:
         file.writelines(msgspec.json.encode(record) + b"\n" for record in records)
 
 
-def read_lines(path: Path) -> list[Summary]:
-    """Summaries of a file of lines; a last line that was cut off is left out, since the run that
-    was being written then counts as not done."""
+def read_lines(path: Path, kind: type[SummaryT]) -> list[SummaryT]:
+    """Summaries (`kind`) of a file of lines; a last line that was cut off is left out, since the
+    run that was being written then counts as not done. Raises `DocumentError`."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    found: list[Summary] = []
+    found: list[SummaryT] = []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            found.append(msgspec.json.decode(line, type=Summary))
+            found.append(msgspec.json.decode(line, type=kind))
         except msgspec.DecodeError as error:
             raise DocumentError(f"{path}: line {number}: {error}") from error
     return found

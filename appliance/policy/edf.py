@@ -11,6 +11,7 @@ from typing import Annotated
 
 import msgspec
 
+from appliance.core.slo import first_token_deadline
 from appliance.core.slots import Policy
 from appliance.core.types import Request
 from appliance.core.view import SeqView
@@ -28,9 +29,10 @@ class EdfSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def deadline(request: Request) -> float:
     """When it is due, on the node's clock; infinite without a target."""
-    slo = request.slo
-    due = slo.e2e if slo.ttft is None else slo.ttft
-    return math.inf if due is None else request.arrived + due
+    first, e2e = first_token_deadline(request), request.slo.e2e
+    if first is None:
+        return math.inf if e2e is None else request.arrived + e2e
+    return first
 
 
 def _urgency(seq: SeqView) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from appliance.core.slo import first_token_deadline
 from appliance.core.step_model import StepModel
 from appliance.core.types import Request
 
@@ -111,13 +112,7 @@ def first_token_due(request: Request, *, answer_seconds: float, patience: float)
     due = request.arrived + patience
     if slo.e2e is not None:
         due = request.arrived + slo.e2e - max(answer_seconds, ANSWER_SHARE * slo.e2e)
-    if slo.ttft is not None:
-        first = request.arrived + slo.ttft
+    first = first_token_deadline(request)
+    if first is not None:
         return first if slo.e2e is None else min(first, due)
     return due
-
-
-def has_targets(request: Request) -> bool:
-    """Whether it can be late at all."""
-    slo = request.slo
-    return slo.ttft is not None or slo.tpot is not None or slo.e2e is not None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from appliance.core.slots import Late
 from appliance.core.types import OnMiss, Phase, Request, RequestId, Role, WorkerId
 from appliance.core.view import NodeView
-from appliance.policy.hyperflexis_budget import HyperflexisSettings, first_token_due, has_targets
+from appliance.policy.hyperflexis_budget import HyperflexisSettings, first_token_due
 from appliance.policy.hyperflexis_decode import place_decode
 from appliance.policy.hyperflexis_queue import Entry, Lane, Lanes
 from appliance.policy.hyperflexis_workers import Estimate, Workers
@@ -146,7 +146,7 @@ class HyperflexisDispatch:
             return
         self._mark = changes.mark
         if changes.whole:
-            self._lanes.clear()
+            self._lanes = Lanes()
         for request, came in changes.changes:
             if came:
                 self._came(view, request, now)
@@ -170,8 +170,9 @@ class HyperflexisDispatch:
             return
         cost = view.cost
         tokens = int(cost.lengths.at(class_name, self._settings.length_quantile))
-        steps = [each.pace.step for each in self._estimates.values()]
-        seconds = tokens * max(steps, default=cost.decode_step_seconds)
+        alone = cost.steps.seconds(decodes=1)
+        steps = [each.pace.decode or alone for each in self._estimates.values()]
+        seconds = tokens * min(steps, default=alone)
         self._answers[class_name] = Answer(tokens, seconds, now + RELEARN)
 
     def _left(self, request_id: RequestId) -> None:
@@ -220,13 +221,13 @@ class HyperflexisDispatch:
             start_by = now + 0.5 * (left - best) + 1e-3
             self._lanes.rekey(entry, start_by=start_by, key=entry.key)
             return None
-        if not has_targets(entry.request):
+        if not entry.request.slo.has_targets:
             self._lanes.demote(entry)
             return None
         self._note(entry.name, given_up=True)
-        words = f"its first token needs {best:.3f} s and is due in {left:.3f} s"
+        words = f"first token too late: it needs {best:.3f} s and is due in {left:.3f} s"
         if best == math.inf:
-            words = f"no worker can begin it, and its first token is due in {left:.3f} s"
+            words = f"no worker for prompts: the first token is due in {left:.3f} s"
         self._lanes.demote(entry)
         if entry.request.slo.on_miss is OnMiss.REFUSE and not entry.begun:
             return Late(id=entry.id, action="refuse", reason=words)

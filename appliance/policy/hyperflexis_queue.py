@@ -77,10 +77,6 @@ class Lanes:
         """Held back."""
         return len(self._shed)
 
-    def clear(self) -> None:
-        """Forget all."""
-        self.__init__()  # type: ignore[misc]
-
     def add(self, entry: Entry) -> None:
         """A request came; into the lane that it names."""
         self.entries[entry.id] = entry

@@ -20,7 +20,6 @@ from appliance.policy.hyperflexis_budget import (
     LEAST_CHUNK,
     HyperflexisSettings,
     first_token_due,
-    has_targets,
 )
 from appliance.policy.parts import num_sure
 
@@ -172,14 +171,14 @@ class HyperflexisStep:
                 )
                 left = min(left, max(chunk, LEAST_CHUNK))
         here = {seq.id for seq in running}
+        kept, sure, more, place = None, 0, 0, len(grants)
         if running and first.id not in here:
             if not num_sure(view, [first], running):  # those that are here do not wait for it
                 ordered.sort(key=lambda seq: seq.id not in here)
-            share = max(1, left // OLDEST_SHARE)  # its admission may fail, that of others with it
-            left -= _grant(running[0], share, grants)
-            ordered = [seq for seq in ordered if seq is not running[0]]
-            late = [seq for seq in late if seq is not running[0]]
-        if late and ordered:
+            kept = running[0]  # the admission of those that wait may fail
+            sure = min(max(1, left // OLDEST_SHARE), kept.num_known - kept.num_computed)
+            left -= sure
+        if late and ordered and late[0] is not kept:
             share = min(left, max(1, int(left * settings.lane_share)))
             left -= share
             share -= _grant(late[0], share, grants)
@@ -188,7 +187,13 @@ class HyperflexisStep:
         for seq in (*ordered, *late):
             if left <= 0:
                 break
-            left -= _grant(seq, left, grants)
+            if seq is kept:
+                more = min(left, seq.num_known - seq.num_computed - sure)
+                left -= more
+            else:
+                left -= _grant(seq, left, grants)
+        if kept is not None:
+            grants.insert(place, Grant(id=kept.id, num_tokens=sure + more))
 
     def _ordered(
         self, running: Sequence[SeqView], waiting: Sequence[SeqView], *, token: float, now: float
@@ -205,7 +210,7 @@ class HyperflexisStep:
             due = self.due(seq)
             work = token * (seq.num_known - seq.num_computed)
             is_late = seq.num_emitted == 0 and now + settings.headroom * work > due
-            if is_late and settings.late == "demote" and has_targets(seq.request):
+            if is_late and settings.late == "demote":
                 late.append((seq.request.arrived, index, seq))
             else:
                 keyed.append((due if by_due else due - work, due, index, seq))
@@ -231,7 +236,7 @@ class HyperflexisStep:
 
         def looseness(seq: SeqView) -> tuple[bool, float]:
             slo, first = seq.slo, seq.first_token_at
-            if not has_targets(seq.request):
+            if not slo.has_targets:
                 return (True, math.inf)
             due = math.inf if slo.ttft is None else seq.request.arrived + slo.ttft
             missed = (now if first is None else first) > due

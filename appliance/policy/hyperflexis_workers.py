@@ -187,10 +187,11 @@ class Workers:
             here += prompt.tokens
             if not prompt.heard:
                 remaining += prompt.tokens
-            if prompt.demoted:
+            key, due = self._urgency(prompt.request, prompt.tokens, self.serial)
+            is_patient = not prompt.request.slo.has_targets  # demoted by nobody: it has no budget
+            if prompt.demoted or (is_patient and due <= worker.as_of):
                 estimate.num_late += 1
                 continue
-            key, due = self._urgency(prompt.request, prompt.tokens, self.serial)
             rows.append((key, due, prompt.tokens))
         remaining = min(remaining, here)
         rows.sort()

@@ -75,11 +75,6 @@ class Scaler:
         self._calm_since: float | None = None
         self._woken_at = self._added_at = self._parked_at = float("-inf")
 
-    @property
-    def is_on(self) -> bool:
-        """Whether it may do anything on this node; known after the first call."""
-        return self._is_on
-
     def is_resting(self, view: NodeView) -> bool:
         """Nobody is left that could be parked."""
         return not self._is_on or len(_serving(view)) <= (self._floor or 1)

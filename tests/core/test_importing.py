@@ -7,7 +7,6 @@ import pytest
 
 from appliance.core.batcher import Batcher
 from appliance.core.committing import ProtocolError
-from appliance.core.importing import slack
 from appliance.core.messages import (
     Abort,
     Aborted,
@@ -386,9 +385,16 @@ def test_after_two_moves_the_true_first_token_is_known(before: int) -> None:
     assert third.queues.by_id[ID].num_emitted == before + 4
 
 
-def test_slack_is_what_is_left_until_the_next_token_is_due() -> None:
-    assert slack(request(), 3, 1.0) is None
-    assert slack(request(slo=Slo(ttft=2.0, tpot=0.5)), 3, 1.0) == pytest.approx(2.5)
+@pytest.mark.parametrize(
+    ("slo", "left"),
+    [(Slo(), None), (Slo(ttft=2.0, tpot=0.5), 2.0), (Slo(ttft=2.0, tpot=0.5, e2e=2.5), 1.5)],
+)
+def test_a_copy_says_how_long_its_next_token_can_wait(slo: Slo, left: float | None) -> None:
+    target = Target()
+    target.pull(slo=slo, emitted=2)
+    target.offer(0, 2)
+    (job,) = target.batcher.drain_copies()
+    assert job.slack == (None if left is None else pytest.approx(left))
 
 
 # --- blocks by content ----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import pytest
 
-from appliance.core.slo import first_token_deadline, slack, token_deadline, verdict
+from appliance.core.slo import due, first_token_deadline, slack, verdict
 from appliance.core.types import Slo
 from tests.core.node_kit import request
 
@@ -10,7 +10,7 @@ FULL = Slo(ttft=0.5, tpot=0.1)
 
 
 @pytest.mark.parametrize(
-    ("slo", "index", "first", "due"),
+    ("slo", "index", "first", "expected"),
     [
         (FULL, 0, None, 10.5),
         (FULL, 1, 10.2, 10.6),  # early tokens earn slack: the schedule does not move
@@ -25,9 +25,11 @@ FULL = Slo(ttft=0.5, tpot=0.1)
         (Slo(), 0, None, None),
     ],
 )
-def test_when_a_token_is_due(slo: Slo, index: int, first: float | None, due: float | None) -> None:
-    found = token_deadline(request(1, arrived=10.0, slo=slo), index, first_token_at=first)
-    assert found == (None if due is None else pytest.approx(due))
+def test_when_a_token_is_due(
+    slo: Slo, index: int, first: float | None, expected: float | None
+) -> None:
+    found = due(slo, index, arrived=10.0, first_token_at=first)
+    assert found == (None if expected is None else pytest.approx(expected))
 
 
 def test_the_first_deadline_counts_from_arrival() -> None:

@@ -49,14 +49,14 @@ def test_what_is_no_document_is_named(tmp_path: Path) -> None:
 
 def test_a_sweep_resumes_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
-    assert read_lines(file) == []
+    assert read_lines(file, Summary) == []
     append_line(file, summary())
     append_line(file, summary("edf", 2.0))
-    assert [run.policy for run in read_lines(file)] == ["fcfs", "edf"]
+    assert [run.policy for run in read_lines(file, Summary)] == ["fcfs", "edf"]
     file.write_bytes(file.read_bytes()[:-40])
-    assert [run.policy for run in read_lines(file)] == ["fcfs"]
+    assert [run.policy for run in read_lines(file, Summary)] == ["fcfs"]
     append_line(file, summary("srf"))
-    assert [run.policy for run in read_lines(file)] == ["fcfs", "srf"]
+    assert [run.policy for run in read_lines(file, Summary)] == ["fcfs", "srf"]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     file.write_bytes(b"{}\n")
     append_line(file, summary())
     with pytest.raises(DocumentError, match="line 1"):
-        read_lines(file)
+        read_lines(file, Summary)
 
 
 def test_void_runs_do_not_count() -> None:

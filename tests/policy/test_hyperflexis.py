@@ -196,6 +196,14 @@ def test_being_late_makes_nobody_urgent() -> None:
     assert 3 not in node.where, "one late prompt at a time while there is other work"
 
 
+def test_an_idle_node_refuses_no_answer_that_it_can_give_within_its_end_to_end_budget() -> None:
+    """One that decodes alone needs 4 ms a token, whatever a step full of prompts lasts."""
+    node = Known()
+    node.arrive(1, prompt=100, slo=Slo(e2e=4.0, on_miss=OnMiss.REFUSE))
+    assert node.where == {1: 0}
+    assert 1 not in node.ended
+
+
 def test_a_longer_class_name_or_weight_changes_no_due_time() -> None:
     orders = []
     for weight in (1.0, 5.0):

@@ -305,3 +305,20 @@ def test_R12_every_answer_is_right_and_the_laws_hold(
     assert set(worker.finished) == set(range(len(tasks)))
     for number, task in enumerate(waiting):
         assert worker.emitted[number] == answer(task, config.max_model_len)[0]
+
+
+def test_what_an_urgent_newcomer_leaves_goes_to_the_prompt_that_runs() -> None:
+    rig = Rig()
+    rig.assign(1, prompt=8000, slo=Slo(ttft=60.0))
+    rig.step()
+    rig.assign(2, prompt=100, slo=Slo(ttft=1.0))
+    assert tokens(rig.plan()) == {1: 1948, 2: 100}
+
+
+def test_a_request_without_targets_is_never_more_urgent_for_waiting_long() -> None:
+    rig = Rig()
+    rig.assign(1, prompt=8000, slo=Slo(), arrived=rig.now - 1000.0)
+    rig.assign(2, prompt=8000, slo=Slo(ttft=60.0))
+    got = tokens(rig.plan())
+    assert got[2] > 1900
+    assert got[1] >= 1, "it is not forgotten either"

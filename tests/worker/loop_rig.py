@@ -3,8 +3,8 @@
 import socket
 import threading
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -160,6 +160,7 @@ class Rig:
         self.frames: list[tuple[list[Report], StepOutputs | None]] = []
         self.answers: dict[int, Answer] = {}
         self.load: WorkerLoad | None = None
+        self._held: bytearray | None = None
 
     def _run(self) -> None:
         try:
@@ -174,8 +175,20 @@ class Rig:
         return self
 
     def send(self, command: Command, payload: bytes = b"") -> None:
+        frame = self._encode([command], payload)
+        if self._held is not None:
+            self._held += frame
+            return
         with suppress(ConnectionError):  # a test of a loop that dies looks at `error`
-            self.node.sendall(self._encode([command], payload))
+            self.node.sendall(frame)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent in here comes to the loop at once, before its next step."""
+        self._held = bytearray()
+        yield
+        held, self._held = self._held, None
+        self.node.sendall(held)
 
     def assign(
         self,

@@ -176,10 +176,10 @@ def test_preempted_sequences_come_back_with_their_next_token(
 ) -> None:
     tight, wide = rig(paced(tokens, num_blocks=14)), rig(paced(tokens, num_blocks=64))
     sampling = Sampling(ignore_eos=True)
-    for number in range(4):
-        for node in (tight, wide):
-            node.assign(number, [20 + number, *PROMPT], max_tokens=30, sampling=sampling)
     for node in (tight, wide):
+        with node.together():
+            for number in range(4):
+                node.assign(number, [20 + number, *PROMPT], max_tokens=30, sampling=sampling)
         node.finish(0, 1, 2, 3)
     assert tight.reports(Preempted)
     assert not wide.reports(Preempted)
