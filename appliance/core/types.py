@@ -98,6 +98,11 @@ class Slo(Record, frozen=True, kw_only=True):
         """Whether anything bounds it; without targets an answer is in time when it is complete."""
         return self.ttft is not None or self.tpot is not None or self.e2e is not None
 
+    @property
+    def bounds_start(self) -> bool:
+        """Whether it can be missed by waiting for the first token."""
+        return self.ttft is not None or self.e2e is not None
+
 
 class Request(Record, frozen=True, kw_only=True):
     """One sequence to be answered, as the schedulers see it.

@@ -34,9 +34,9 @@ class HyperflexisSettings(msgspec.Struct, frozen=True, kw_only=True):
     order: Literal["slack", "deadline", "density"] = "deadline"
     """What the most urgent of the feasible requests is: the one that has to start first, the one
     that is due first, or the one with the greatest value per second of work."""
-    overload: Literal["shed", "density", "none"] = "shed"
+    overload: Literal["shed", "none"] = "shed"
     """When not all that waits can be in time: hold back the least value per second of work until
-    the rest can, order all by density, or go on as before."""
+    the rest can, or go on as before."""
     late: Literal["demote", "keep"] = "demote"
     """What cannot be in time any more is served as best effort, or stays where it was."""
     tpot: Literal["averaged", "each"] = "averaged"

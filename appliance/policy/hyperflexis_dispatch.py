@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from appliance.core.slots import Late
-from appliance.core.types import OnMiss, Phase, Request, RequestId, Role, WorkerId
+from appliance.core.types import OnMiss, Phase, Request, RequestId, WorkerId
 from appliance.core.view import NodeView
 from appliance.policy.hyperflexis_budget import HyperflexisSettings, first_token_due
 from appliance.policy.hyperflexis_decode import place_decode
-from appliance.policy.hyperflexis_queue import Entry, Lane, Lanes
+from appliance.policy.hyperflexis_queue import Entry, Lanes
 from appliance.policy.hyperflexis_workers import Estimate, Workers
 
 PLAN_EVERY = 0.025
@@ -30,11 +30,16 @@ SCAN = 4
 """Of the most urgent ones, how many are looked at for one that some worker may take."""
 BATCH = 2
 """Requests of a lane that `order` names at a time; it is asked again when one was placed."""
-LANES: Sequence[Lane] = ("main", "shed", "lane")
 GRACE = -0.03
 """Share of the time that is left by which a first token may be predicted late."""
 RELEARN = 1.0
 """Seconds after which lengths of answers are looked up again."""
+HOPELESS = 0.5
+"""A budget per token below this share of the step of an answer that decodes alone is kept by
+nobody; the rest of the way the step model may be wrong."""
+PICKY = 8
+"""Answers side by side that a budget per token must allow: a worker so empty that it keeps a
+tighter one is not waited for."""
 FORGETTING = 0.02
 """Weight of the newest fate in a class's share of those given up."""
 
@@ -59,6 +64,7 @@ class HyperflexisDispatch:
         self._lanes = Lanes()
         self._workers = Workers(self._settings, self._urgency)
         self._estimates: Mapping[WorkerId, Estimate] = {}
+        """Of those that get prompts."""
         self._mark = 0
         self._is_fresh = False
         """Heard in `late`, which is asked right before the first `order`."""
@@ -79,7 +85,7 @@ class HyperflexisDispatch:
             return ()
         found: list[Late] = []
         for entry in self._lanes.overdue(now):
-            late = self._too_late(entry, now)
+            late = self._too_late(view, entry, now)
             if late is not None:
                 found.append(late)
         return found
@@ -96,18 +102,32 @@ class HyperflexisDispatch:
         lanes = self._lanes
         head = lanes.head
         estimates = list(self._estimates.values())
+        chosen = self._aged(now)
         if head is not None and any(each.is_open(head.key) for each in estimates):
             heads = lanes.first("main", SCAN)
             for index, entry in enumerate(heads):
                 if self._best(entry, self._estimates, now) is not None:
-                    return [each.request for each in heads[index : index + BATCH]]
-        chosen: list[Entry] = []
+                    chosen += heads[index : index + BATCH]
+                    return [each.request for each in chosen]
         if any(each.is_underfull for each in estimates):
-            for lane in LANES:
-                chosen += lanes.first(lane, BATCH)
-        elif any(not each.num_late and not each.is_full for each in estimates):
-            chosen += lanes.first("lane", 1)
+            chosen += [*lanes.first("main", BATCH), *lanes.first("shed", BATCH)]
+        elif all(each.num_late or each.is_full for each in estimates):
+            return ()
+        for entry in () if chosen and chosen[0].lane == "lane" else lanes.first("lane", SCAN):
+            if self._best_effort(entry, self._estimates, now) is not None:
+                chosen.append(entry)
+                break
         return [entry.request for entry in chosen]
+
+    def _aged(self, now: float) -> list[Entry]:
+        """The oldest of best effort if it has waited for `patience` and some worker has none of
+        them: it is offered before all others, since a full worker has room for the first only."""
+        for entry in self._lanes.first("lane", 1):
+            if now - entry.request.arrived > self._settings.patience and any(
+                not each.num_late and not each.is_full for each in self._estimates.values()
+            ):
+                return [entry]
+        return []
 
     def place(self, view: NodeView, request: Request, phase: Phase, now: float) -> WorkerId | None:
         """The best worker where all budgets hold; None: it waits."""
@@ -124,7 +144,8 @@ class HyperflexisDispatch:
         willing = view.willing(request, now, phase)
         if best in willing:
             return best
-        return self._choose(view, entry, {id_: self._estimates[id_] for id_ in willing}, now)
+        known = self._workers.estimates
+        return self._choose(view, entry, {id_: known[id_] for id_ in willing}, now)
 
     def wakeup(self, view: NodeView, now: float) -> float | None:
         """While something waits: soon, at a time that stays the same until it has come."""
@@ -140,7 +161,8 @@ class HyperflexisDispatch:
         if view is not self._view:
             self._begin()
             self._view = view
-        self._estimates = self._workers.refresh(view, now)
+        self._workers.refresh(view, now)
+        self._estimates = self._workers.able
         changes = view.queue_changes(self._mark)
         if changes.mark == self._mark:
             return
@@ -159,7 +181,13 @@ class HyperflexisDispatch:
         key, due = self._urgency(request, tokens, self._workers.serial)
         start_by = due - tokens / self._workers.serial
         entry = Entry(request, tokens=tokens, due=due, start_by=start_by, key=key)
-        entry.begun = view.emitted(request.id) > 0
+        if entry.tpot is not None and entry.tpot < view.cost.steps.tail_seconds(decodes=PICKY):
+            if entry.tpot < HOPELESS * self._lone(view):
+                entry.start_by = min(start_by, now - TICK)  # looked at as one that is late
+            entry.tpot = None
+        if view.emitted(request.id) > 0:  # its worker died: it goes on as soon as possible
+            entry.begun = True
+            entry.key, entry.due, entry.start_by = request.arrived, math.inf, math.inf
         if view.is_demoted(request.id):
             entry.lane = "lane"
         self._lanes.add(entry)
@@ -170,7 +198,7 @@ class HyperflexisDispatch:
             return
         cost = view.cost
         tokens = int(cost.lengths.at(class_name, self._settings.length_quantile))
-        alone = cost.steps.seconds(decodes=1)
+        alone = self._lone(view)
         steps = [each.pace.decode or alone for each in self._estimates.values()]
         seconds = tokens * min(steps, default=alone)
         self._answers[class_name] = Answer(tokens, seconds, now + RELEARN)
@@ -210,28 +238,37 @@ class HyperflexisDispatch:
 
     # --- too late, too much ---------------------------------------------------------------------
 
-    def _too_late(self, entry: Entry, now: float) -> Late | None:
+    def _too_late(self, view: NodeView, entry: Entry, now: float) -> Late | None:
         """What becomes of one whose latest start is past; None if a worker could do it yet."""
         best = math.inf
         for each in self._estimates.values():
-            if each.view.role is not Role.DECODE or len(self._estimates) == 1:
-                best = min(best, each.residual(now) + entry.tokens / each.pace.rate)
+            best = min(best, each.residual(now) + entry.tokens / each.pace.rate)
         left = entry.due - now
-        if best <= left * (1.0 + GRACE) and left > 0.0:
+        tpot = entry.request.slo.tpot
+        hopeless = tpot is not None and tpot < HOPELESS * self._lone(view)
+        if best <= left * (1.0 + GRACE) and left > 0.0 and not hopeless:
             start_by = now + 0.5 * (left - best) + 1e-3
             self._lanes.rekey(entry, start_by=start_by, key=entry.key)
             return None
-        if not entry.request.slo.has_targets:
+        if not hopeless and not entry.request.slo.bounds_start:
             self._lanes.demote(entry)
             return None
         self._note(entry.name, given_up=True)
         words = f"first token too late: it needs {best:.3f} s and is due in {left:.3f} s"
-        if best == math.inf:
+        if hopeless:
+            words = f"no step is that short: tokens are due every {tpot:.4f} s"
+        elif best == math.inf:
             words = f"no worker for prompts: the first token is due in {left:.3f} s"
-        self._lanes.demote(entry)
-        if entry.request.slo.on_miss is OnMiss.REFUSE and not entry.begun:
+        refuses = entry.request.slo.on_miss is OnMiss.REFUSE
+        if refuses and not entry.begun and entry.request.group is None:
+            self._lanes.remove(entry.id)
             return Late(id=entry.id, action="refuse", reason=words)
+        self._lanes.demote(entry)
         return Late(id=entry.id, action="demote", reason=words)
+
+    def _lone(self, view: NodeView) -> float:
+        """Seconds of a step of one that decodes alone."""
+        return view.cost.steps.seconds(decodes=1)
 
     def _plan(self, now: float) -> None:
         self._plan_at = now + PLAN_EVERY
@@ -266,7 +303,7 @@ class HyperflexisDispatch:
         self, view: NodeView, entry: Entry, estimates: Mapping[WorkerId, Estimate], now: float
     ) -> WorkerId | None:
         if entry.lane == "lane" or entry.due <= now:  # the latter where nobody is demoted
-            return self._best_effort(entry, estimates)
+            return self._best_effort(entry, estimates, now)
         best = self._best(entry, estimates, now, view=view)
         return self._idle(estimates) if best is None and entry.lane == "main" else best
 
@@ -284,8 +321,8 @@ class HyperflexisDispatch:
         least = math.inf
         left = (entry.due - now) * (1.0 + GRACE)
         held_back = entry.lane == "shed"
-        whole, tpot = self._whole(entry.request), entry.request.slo.tpot
-        budget = self._settings.budget and self._settings.priority
+        whole, tpot = self._whole(entry.request), entry.tpot
+        binds = self._settings.budget and self._settings.priority and not entry.begun
         for id_, each in estimates.items():
             ahead = each.remaining if held_back else each.ahead(entry.key)
             if ahead >= each.limit or each.is_full:
@@ -296,7 +333,7 @@ class HyperflexisDispatch:
             if view is not None and entry.request.prefix_hashes:
                 tokens, copy = _missing(view, id_, entry.request, each)
             seconds = copy + each.residual(now) + (ahead + tokens) / each.pace.rate
-            if budget and (seconds > left or each.harms(entry.key, tokens, now)):
+            if binds and (seconds > left or each.harms(entry.key, tokens, now)):
                 continue
             score = -(each.remaining + each.view.context_tokens) if fullest else seconds
             if score < least:
@@ -308,15 +345,20 @@ class HyperflexisDispatch:
         known = self._answers.get(request.slo.class_name)
         return request.prompt_tokens + (0 if known is None else known.tokens)
 
-    def _best_effort(self, entry: Entry, estimates: Mapping[WorkerId, Estimate]) -> WorkerId | None:
-        """Where there is least to do; if there is much everywhere, one at a time to each."""
+    def _best_effort(
+        self, entry: Entry, estimates: Mapping[WorkerId, Estimate], now: float
+    ) -> WorkerId | None:
+        """Where there is least to do; if there is much everywhere, one at a time to each. What has
+        waited for `patience` need not fit beside what is there."""
         little = [id_ for id_, each in estimates.items() if each.is_underfull]
         if not little:
             little = [id_ for id_, each in estimates.items() if not (each.num_late or each.is_full)]
-        whole, tpot = self._whole(entry.request), entry.request.slo.tpot
-        little = [id_ for id_ in little if estimates[id_].bears(whole, tpot)]
+        whole = self._whole(entry.request)
+        fitting = [id_ for id_ in little if estimates[id_].bears(whole, None)]
+        if not fitting and now - entry.request.arrived > self._settings.patience:
+            fitting = little
         return min(
-            little,
+            fitting,
             key=lambda id_: (estimates[id_].remaining / estimates[id_].pace.rate, id_),
             default=None,
         )

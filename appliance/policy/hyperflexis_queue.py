@@ -37,6 +37,7 @@ class Entry:
         "request",
         "start_by",
         "tokens",
+        "tpot",
         "weight",
     )
 
@@ -56,6 +57,8 @@ class Entry:
         self.lane: Lane = "main"
         self.begun = False
         """Something of it was sent before: it cannot be refused."""
+        self.tpot = request.slo.tpot
+        """Seconds per token that the worker which takes it must keep; None: any may take it."""
 
 
 class Lanes:
@@ -107,9 +110,14 @@ class Lanes:
 
     def rekey(self, entry: Entry, *, start_by: float, key: float) -> None:
         """Its latest start has turned out to be another one."""
+        held_back = entry.lane == "shed"
         self.remove(entry.id)
         entry.start_by, entry.key = start_by, key
         self.add(entry)
+        if held_back:
+            _take(self._main, (key, entry.id))
+            insort(self._shed, (key, entry.id))
+            entry.lane = "shed"
 
     def overdue(self, now: float) -> list[Entry]:
         """Those whose latest start is past."""

@@ -108,7 +108,9 @@ class Workers:
         """`urgency` gives (key, due) of a request with so many tokens at that rate."""
         self._settings = settings
         self._urgency = urgency
-        self._estimates: dict[WorkerId, Estimate] = {}
+        self.estimates: dict[WorkerId, Estimate] = {}
+        self.able: dict[WorkerId, Estimate] = {}
+        """Of those that get prompts now."""
         self._seen: Mapping[WorkerId, WorkerView] = {}
         self._paces: dict[tuple[int, int, float | None, int], Pace] = {}
         self._paces_until = 0.0
@@ -119,16 +121,16 @@ class Workers:
         self.step = 0.0
         """Seconds of a full step of one of them, on average."""
 
-    def refresh(self, view: NodeView, now: float) -> Mapping[WorkerId, Estimate]:
-        """The estimates, those of changed workers worked out again."""
+    def refresh(self, view: NodeView, now: float) -> None:
+        """Work the estimates of changed workers out again."""
         if now >= self._paces_until:
             self._paces.clear()
             self._paces_until = now + FORGET
         changed = False
-        estimates = self._estimates
+        estimates = self.estimates
         workers = view.workers
         if workers is self._seen:
-            return estimates
+            return
         self._seen = workers
         for id_, worker in workers.items():
             known = estimates.get(id_)
@@ -137,24 +139,29 @@ class Workers:
                 changed = True
         if changed:
             self._sum_up()
-        return estimates
 
     def _sum_up(self) -> None:
-        rate, step, count = 0.0, 0.0, 0
-        for estimate in self._estimates.values():
-            worker = estimate.view
-            if worker.state is WorkerState.READY and worker.role is not Role.DECODE:
-                rate += estimate.pace.rate
-                step += estimate.pace.step
-                count += 1
-        self.rate = rate
+        ready = {
+            id_: each
+            for id_, each in self.estimates.items()
+            if each.view.state is WorkerState.READY and not each.view.reserved
+        }
+        meant = {
+            id_: each
+            for id_, each in ready.items()
+            if (each.view.next_role or each.view.role) is not Role.DECODE
+        }
+        self.able = meant or ready  # as the mechanism does it
+        count = len(self.able)
+        self.rate = sum(each.pace.rate for each in self.able.values())
         if count:
-            self.serial, self.step = rate / count, step / count
+            self.serial = self.rate / count
+            self.step = sum(each.pace.step for each in self.able.values()) / count
 
     def begun(self) -> list[tuple[float, int]]:
         """(due, tokens to compute) of every prompt at a worker that can be in time."""
         rows: list[tuple[float, int]] = []
-        for each in self._estimates.values():
+        for each in self.estimates.values():
             sums = each.sums
             rows += [(due, sums[i + 1] - sums[i]) for i, due in enumerate(each.dues)]
         return rows
@@ -188,7 +195,7 @@ class Workers:
             if not prompt.heard:
                 remaining += prompt.tokens
             key, due = self._urgency(prompt.request, prompt.tokens, self.serial)
-            is_patient = not prompt.request.slo.has_targets  # demoted by nobody: it has no budget
+            is_patient = not prompt.request.slo.bounds_start  # demoted by nobody: nothing is missed
             if prompt.demoted or (is_patient and due <= worker.as_of):
                 estimate.num_late += 1
                 continue

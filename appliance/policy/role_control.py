@@ -295,6 +295,8 @@ class RoleController:
         for prefill in range(total + 1):
             for decode in range(total + 1 - prefill):
                 mixed = total - prefill - decode
+                if not prefill + mixed:
+                    continue  # nobody would be meant for prompts
                 if self._settings.mixed or (not mixed and prefill and decode):
                     yield Division(prefill=prefill, decode=decode, mixed=mixed)
 

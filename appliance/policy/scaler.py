@@ -89,7 +89,8 @@ class Scaler:
         flip_to: float | None,
         now: float,
     ) -> Scaling | None:
-        """What to do now. `flip_to` is the pressure after the flip that is being begun, if any."""
+        """What to do now. `flip_to` is the pressure after the flip that is being begun, if any: one
+        change at a time, so nothing else is done then."""
         self._note_staff(view)
         if not self._is_on:
             return None
@@ -99,8 +100,10 @@ class Scaler:
         self._asked = self._asked + 1 if words else 0
         if words:
             self._calm_since = None
-            enough = flip_to is not None and flip_to <= self._settings.high
-            if self._asked < self._settings.out_confirm or enough:
+        if flip_to is not None:
+            return None
+        if words:
+            if self._asked < self._settings.out_confirm:
                 return None
             return self._out(view, load, serving, present=present, words=words, now=now)
         return self._in(view, load, signals, serving, now=now)
@@ -123,6 +126,9 @@ class Scaler:
     ) -> str:
         """Why more workers are asked for; empty if they are not."""
         settings = self._settings
+        if not division.total:
+            busy = load.prompt_rate + load.token_rate > 0.0
+            return "no worker is ready" if busy else ""
         level = max(present.prefill, present.decode)
         many = pressure(division.plus(MANY * division.total), load).worst
         if many > settings.high and level <= settings.high:
@@ -251,7 +257,7 @@ class Scaler:
             if each.reserved:
                 continue
             others = [other for other in serving if other is not each]
-            if not _fits(others, each):
+            if not _fits(others, each) or (not settings.mixed and _leaves_a_gap(others, each)):
                 continue
             after = pressure(division_of(others), load).worst
             key = (after, each.assigned, -each.id, each)
@@ -276,6 +282,11 @@ def _serving(view: NodeView) -> list[WorkerView]:
     """Those in service, the ones that wind down included: they could be called back."""
     states = (WorkerState.READY, WorkerState.DRAINING, WorkerState.FLIPPING)
     return [each for each in view.workers.values() if each.state in states]
+
+
+def _leaves_a_gap(others: list[WorkerView], leaving: WorkerView) -> bool:
+    """Whether it is the last one for its phase."""
+    return all(other.role is not leaving.role and other.role is not Role.MIXED for other in others)
 
 
 def _is_coming(worker: WorkerView) -> bool:

@@ -7,8 +7,11 @@ import pytest
 
 from appliance.core.asks import ParkAsked
 from appliance.core.lifecycle import WorkerState
+from appliance.core.messages import WorkerDown
 from appliance.core.types import Role, Slo, WorkerId
+from appliance.policy.demand import Division, Load, pressure
 from appliance.policy.role_settings import RoleSettings
+from appliance.policy.scaler import Scaler, Signals
 from tests.policy.virtual_node import START, Mix, VirtualNode
 
 M = Role.MIXED
@@ -151,3 +154,43 @@ def test_R11_waves_and_noise_never_make_it_swing(seed: int) -> None:
         assert all(not wake.at < at < wake.at + DEFAULT.in_hold for at in parks)
     assert len(parks) <= 1 + (each.now - each.began) / DEFAULT.in_hold
     check_actions(each)
+
+
+def test_while_no_worker_is_ready_those_on_standby_are_woken() -> None:
+    """A start takes many seconds, waking a parked worker some milliseconds."""
+    each = VirtualNode([M], controller={}, slo=SLO, standby=1, validate=True)
+    each.serve(lambda now: CALM, seconds=10.0)
+    assert each.decided("wake") == []
+    only = WorkerId(0)
+    each.hear(WorkerDown(worker=only, epoch=each.core.epoch(only), cause="killed by signal 9"))
+    each.serve(lambda now: CALM, seconds=15.0)
+    (wake,) = each.decided("wake")
+    assert wake.workers == (1,)
+    assert wake.trigger == "no worker is ready"
+
+
+def test_a_flip_spends_no_cool_down_of_actions_that_were_not_taken() -> None:
+    each = node(standby=1)
+    each.serve(lambda now: CALM, seconds=5.0)
+    scaler = Scaler(DEFAULT)
+    view = each.core.view
+    plane = (0.004, 1e-4, 0.0, 1e-4, 0.0)
+    load = Load(
+        prompt_rate=50_000.0,
+        token_rate=100.0,
+        prompt_tokens=500.0,
+        context_tokens=600.0,
+        answer_tokens=100.0,
+        planes=(plane, plane),
+        max_batch_tokens=512,
+        max_num_seqs=64,
+    )
+    signals = Signals(met=0, missed=0, overdue=0, arrived=0)
+    present = pressure(Division(prefill=0, decode=0, mixed=2), load)
+    assert present.worst > DEFAULT.high
+    for tick in range(5):
+        said = scaler.step(view, load, signals, present=present, flip_to=2.0, now=float(tick))
+        assert said is None
+    taken = scaler.step(view, load, signals, present=present, flip_to=None, now=5.0)
+    assert taken is not None
+    assert taken.wake == (2,)
