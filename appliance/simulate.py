@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from math import isfinite
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -37,6 +38,7 @@ from appliance.metrics.document import (
     holds_results,
     write_document,
 )
+from appliance.metrics.score import EmptySpan
 from appliance.policy.settings import PolicySettingsError
 from appliance.sim.machine import WEIGHT_SOURCES, Machine, UnknownMachine, parse_machine
 from appliance.sim.simulation import Ablation
@@ -45,6 +47,8 @@ from appliance.sim.sweep import (
     PointResult,
     Sweep,
     calibration_of,
+    counted_span,
+    items_of,
     parse_policies,
     points,
     reference_for,
@@ -67,6 +71,7 @@ MISTAKES = (
     CannotSimulate,
     BadReport,
     DocumentError,
+    EmptySpan,
     PolicySettingsError,
     UnknownMachine,
     SpecError,
@@ -120,12 +125,12 @@ def _simulate(options: argparse.Namespace) -> int:
         console = Console(highlight=False, width=140)
     try:
         sweep, todo = _plan(options)
+        _say_plan(console, sweep, todo)
+        began = perf_counter()
+        results = _run(sweep, todo, jobs=max(1, options.jobs), console=console)
     except MISTAKES as error:
         sys.stderr.write(f"appliance: {error}\n")
         return 2
-    _say_plan(console, sweep, todo)
-    began = perf_counter()
-    results = _run(sweep, todo, jobs=max(1, options.jobs), console=console)
     seconds = perf_counter() - began
     document = _document(options, sweep, todo, results=results)
     write_document(Path(options.json), document)
@@ -157,8 +162,8 @@ def _plan(options: argparse.Namespace) -> tuple[Sweep, list[Point]]:
     rows = tuple(read_trace(Path(options.trace))) if options.trace else ()
     arrivals = options.arrivals or spec.arrivals
     parse_arrivals(arrivals)
-    if options.seconds <= 0:
-        raise CannotSimulate("--seconds must be above 0")
+    if not (isfinite(options.seconds) and options.seconds > 0):
+        raise CannotSimulate("--seconds must be a finite number above 0")
     sweep = Sweep(
         spec=spec,
         machine=machine,
@@ -176,6 +181,8 @@ def _plan(options: argparse.Namespace) -> tuple[Sweep, list[Point]]:
         loads = [rate / sweep.reference for rate in _numbers(options.rate, "--rate")]
     seeds = [int(seed) for seed in _numbers(options.seed, "--seed", least=-1e18)]
     choices = parse_policies(options.policy, machine.num_workers)
+    for seed in seeds:  # the emptiest runs, so that nothing is told only after hours
+        counted_span(sweep, items_of(sweep, load=min(loads), seed=seed), load=min(loads))
     return sweep, points(choices, loads, seeds)
 
 
@@ -232,8 +239,8 @@ def _numbers(text: str, flag: str, *, least: float = 0.0) -> list[float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise CannotSimulate(f"{flag} {text}: write numbers with commas between them") from error
-    if any(number <= least for number in numbers):
-        raise CannotSimulate(f"{flag} {text}: numbers must be above {least:g}")
+    if not all(isfinite(number) and number > least for number in numbers):
+        raise CannotSimulate(f"{flag} {text}: numbers must be finite and above {least:g}")
     return numbers
 
 

@@ -1,8 +1,8 @@
 """`appliance bench`: from the arguments to runs, a table, a document and a report.
 
-Exit codes: 0 measured; 1 the server cannot be reached or does not take such requests; 2 the
-arguments cannot be used; 3 a run is void because this client was late; 130 interrupted (what was
-measured until then is in the document).
+Exit codes: 0 measured; 1 the server cannot be reached (any more: the run under way is not kept) or
+does not take such requests; 2 the arguments cannot be used; 3 a run is void because this client was
+late; 130 interrupted (what was measured until then is in the document).
 """
 
 import argparse
@@ -33,6 +33,7 @@ from appliance.bench.points import (
     Point,
     earlier_runs,
     is_done,
+    items_of,
     known_calibration,
     points_of,
     slos_of,
@@ -71,7 +72,9 @@ def run(options: argparse.Namespace) -> int:
         offer = offer_of(options)
         address = address_of(options.url, key=key_of(options))
         points = points_of(offer, rates=options.rate, loads=options.load, seeds=options.seed)
-    except (BadOptions, BenchError) as error:
+        for point in points:
+            items_of(offer, point)  # what cannot be offered is told before anything is sent
+    except (BadOptions, BenchError, ArrivalsError, TraceError) as error:
         return _last_line(error, code=BAD_ARGUMENTS)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

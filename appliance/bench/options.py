@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from appliance.bench.report import BadReport, check_name
 from appliance.bench.target import Target
 from appliance.metrics.document import DocumentError, check_output
 from appliance.workload.arrivals import ArrivalsError, parse_arrivals
-from appliance.workload.spec import Calibration, SpecError, WorkloadSpec, class_slos, load_spec
+from appliance.workload.lengths import Lengths, LengthTable
+from appliance.workload.spec import (
+    Calibration,
+    SpecError,
+    WorkloadSpec,
+    class_slos,
+    digest,
+    load_spec,
+)
 from appliance.workload.trace_rows import TraceError, read_trace
 
 DEFAULT_SECONDS = 60.0
@@ -100,11 +109,11 @@ def offer_of(options: argparse.Namespace) -> Offer:
         rows=rows,
     )
     for name, value in (("--seconds", options.seconds), ("--timeout", options.timeout)):
-        if value is not None and value <= 0:
-            raise BadOptions(f"{name} {value:g}: must be above 0")
+        if value is not None and not (isfinite(value) and value > 0):
+            raise BadOptions(f"{name} {value:g}: must be a finite number above 0")
     for name, value in (("--warm-up", warm_up), ("--drain", options.drain)):
-        if value < 0:
-            raise BadOptions(f"{name} {value:g}: must not be negative")
+        if not (isfinite(value) and value >= 0):
+            raise BadOptions(f"{name} {value:g}: must be a finite number, not negative")
     if offer.seconds is None and not offer.is_timed:
         offer = msgspec.structs.replace(offer, seconds=DEFAULT_SECONDS)
     if offer.seconds is not None and offer.seconds <= warm_up:
@@ -136,8 +145,10 @@ def document_spec(
     notes: Sequence[str],
     policy: str,
 ) -> dict[str, Any]:
-    """What was asked, as plain values: the `spec` of the document."""
+    """What was asked, as plain values: the `spec` of the document. What tells two experiments apart
+    is all in it; the digests are for what has no words of its own."""
     spec = offer.spec
+    whole = msgspec.structs.replace(spec, arrivals=offer.arrivals, warm_up_seconds=offer.warm_up)
     return {
         "workload": spec.name,
         "arrivals": "trace" if offer.is_timed else offer.arrivals,
@@ -153,6 +164,11 @@ def document_spec(
         "targets": "none" if options.no_slo else "told",
         "relative": _calibration(offer.calibration),
         "classes": class_targets(spec),
+        "shares": {one.name: one.share for one in spec.classes},
+        "lengths": {one.name: length_words(one.lengths) for one in spec.classes},
+        "workload_digest": digest(whole),
+        "trace_digest": digest(offer.rows) if offer.rows else "",
+        "model": target.settings.model,
         "server": f"{target.settings.model} at {target.address.url}",
         "policy": policy,
         "prompts": target.settings.route.value,
@@ -175,6 +191,11 @@ def class_targets(spec: WorkloadSpec) -> dict[str, dict[str, float]]:
         pairs = {"ttft_ms": slo.ttft, "tpot_ms": slo.tpot, "e2e_ms": slo.e2e}
         found[name] = {key: value * 1000 for key, value in pairs.items() if value is not None}
     return found
+
+
+def length_words(lengths: Lengths) -> Any:
+    """Lengths as plain values; a table goes by its name."""
+    return lengths.name if isinstance(lengths, LengthTable) else msgspec.to_builtins(lengths)
 
 
 def _calibration(calibration: Calibration | None) -> dict[str, float] | None:

@@ -1,14 +1,16 @@
 """Which runs a sweep consists of, what each one sends, and which are done already."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from appliance.bench.target import BenchError
 from appliance.core.types import Record, Slo
 from appliance.metrics.document import Document, DocumentError, read_document
-from appliance.metrics.score import Summary
+from appliance.metrics.score import EmptySpan, Summary, check_span
 from appliance.workload.arrivals import parse_arrivals
 from appliance.workload.generate import generate
 from appliance.workload.items import Item
@@ -59,8 +61,8 @@ def points_of(
     offer: Offer, *, rates: Sequence[float], loads: Sequence[float], seeds: Sequence[int]
 ) -> list[Point]:
     """All runs of a sweep, rate by rate. Raises `BenchError` where it is not said how fast."""
-    if any(value <= 0 for value in (*rates, *loads)):
-        raise BenchError("--rate and --load must be above 0")
+    if not all(isfinite(value) and value > 0 for value in (*rates, *loads)):
+        raise BenchError("--rate and --load must be finite numbers above 0")
     if loads and len(rates) > 1:
         raise BenchError("--load multiplies one --rate, not several; give one of them once")
     pairs: list[tuple[float, float | None, float]] = []
@@ -92,7 +94,8 @@ def recorded_rate(rows: Sequence[TraceRow]) -> float:
 
 
 def items_of(offer: Offer, point: Point) -> tuple[list[Item], tuple[float, float]]:
-    """The requests of a run, and the span of those that count."""
+    """The requests of a run, and the span of those that count: a trace that ends before `seconds`
+    ends it. Raises `BenchError` where none counts."""
     if offer.rows:
         items = trace_items(
             offer.spec,
@@ -116,12 +119,17 @@ def items_of(offer: Offer, point: Point) -> tuple[list[Item], tuple[float, float
             calibration=offer.calibration,
         )
     end = offer.seconds
-    if end is None:
-        end = items[-1].at + 1e-6 if items else 0.0
+    if end is None or offer.is_timed:
+        last = items[-1].at + 1e-6 if items else 0.0
+        end = last if end is None else min(end, last)
     if end <= offer.warm_up:
         raise BenchError(
             f"the run takes {end:g} s and --warm-up {offer.warm_up:g} s of it: nothing is left"
         )
+    try:
+        check_span((item.at for item in items), (offer.warm_up, end))
+    except EmptySpan as error:
+        raise BenchError(f"{point.words}: {error}") from error
     return items, (offer.warm_up, end)
 
 
@@ -154,7 +162,8 @@ def known_calibration(path: Path | None) -> Calibration | None:
 
 def earlier_runs(path: Path | None, document: Document, *, resume: bool) -> Document:
     """The document to add to: `document`, with the runs that a file has already. Raises
-    `BenchError` where the file must not be touched."""
+    `BenchError`, which names the difference, where the file must not be touched. What an older file
+    does not say counts as equal."""
     if path is None or not path.exists():
         return document
     if not resume:
@@ -166,10 +175,20 @@ def earlier_runs(path: Path | None, document: Document, *, resume: bool) -> Docu
     except DocumentError as error:
         raise BenchError(str(error)) from error
     spec = msgspec.json.decode(msgspec.json.encode(document.spec))
-    for key in sorted({*spec, *found.spec} - FREE_KEYS):
-        if spec.get(key) != found.spec.get(key):
+    for key in sorted(set(found.spec) - FREE_KEYS):
+        where, theirs, ours = _difference(key, found.spec[key], spec.get(key))
+        if theirs != ours:
             raise BenchError(
-                f"{path} holds runs with {key} = {found.spec.get(key)!r}, not {spec.get(key)!r}: "
-                "name another file"
+                f"{path} holds runs with {where} = {theirs!r}, not {ours!r}: name another file"
             )
     return msgspec.structs.replace(document, runs=found.runs)
+
+
+def _difference(where: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
+    """The first place within two values at which they differ, with what is there; the values
+    themselves where they do not."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key in sorted({*theirs, *ours}):
+            if theirs.get(key) != ours.get(key):
+                return _difference(f"{where}.{key}", theirs.get(key), ours.get(key))
+    return where, theirs, ours

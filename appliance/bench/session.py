@@ -13,13 +13,16 @@ from appliance.bench.connection import Pool
 from appliance.bench.judge import outcome_of
 from appliance.bench.loop import Asked, LoopSettings, OpenLoop, quiet_collector
 from appliance.bench.points import Offer, Point, items_of
-from appliance.bench.target import BenchError, Target, fetch
+from appliance.bench.target import BenchError, Target, fetch, why_silent
 from appliance.metrics.outcome import Outcome
 from appliance.metrics.score import Summary, summarise
 
 INSTANCE_SECONDS = re.compile(
     rb"^appliance_instance_seconds(?:_total)? ([0-9.eE+-]+)", re.MULTILINE
 )
+
+
+GO_ON = "repeat the command (with --resume where --json has runs already)"
 
 
 class Watcher(Protocol):
@@ -49,10 +52,9 @@ async def run_point(
     policy: str,
     watcher: Watcher,
 ) -> Run:
-    """Offer the workload at one rate to the server behind `pool`, and score it."""
+    """Offer the workload at one rate to the server behind `pool`, and score it. Raises `BenchError`
+    where the server is gone: requests that nobody took say nothing of how it serves."""
     items, span = items_of(offer, point)
-    if not items:
-        raise BenchError(f"{point.words}: no request falls into the run; make it longer")
     requests = Requests(
         items,
         prompts=target.prompts(_salt(point)),
@@ -67,11 +69,18 @@ async def run_point(
         watcher.ended(outcome)
 
     loop = OpenLoop(items, requests=requests, pool=pool, settings=settings, on_end=ended)
+    await _must_be_there(pool, target, point)
     before = await instance_seconds(pool, target)
     watcher.began(point, loop, num_items=len(items))
     with quiet_collector():
         await loop.run()
+    await _must_be_there(pool, target, point)
     after = await instance_seconds(pool, target)
+    if before is not None and after is not None and after < before:
+        raise BenchError(
+            f"{point.words}: the server has started again during the run, which is not kept. Look "
+            f"into its log, then {GO_ON}"
+        )
     outcomes.sort(key=lambda outcome: outcome.index)
     summary = summarise(
         outcomes,
@@ -85,6 +94,15 @@ async def run_point(
         note=error_note(outcomes),
     )
     return Run(outcomes, summary)
+
+
+async def _must_be_there(pool: Pool, target: Target, point: Point) -> None:
+    why = await why_silent(pool, target.address)
+    if why:
+        raise BenchError(
+            f"{point.words}: the server cannot be reached any more ({why}); the run is not kept. "
+            f"Look into the server's log, start it again, then {GO_ON}"
+        )
 
 
 def error_note(outcomes: Sequence[Outcome]) -> str:

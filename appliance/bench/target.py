@@ -286,6 +286,15 @@ async def fetch(pool: Pool, address: Address, path: str) -> tuple[int, bytes]:
     return collector.status, collector.raw
 
 
+async def why_silent(pool: Pool, address: Address) -> str:
+    """Why the server answers nothing at all, be it a refusal; empty where it does."""
+    try:
+        await fetch(pool, address, "/v1/models")
+    except BenchError as error:
+        return str(error.__cause__ or "") or str(error)
+    return ""
+
+
 async def _connect(pool: Pool, *, fresh: bool) -> Connection:
     try:
         return await pool.get(fresh=fresh)

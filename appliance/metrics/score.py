@@ -12,7 +12,7 @@
 * Intervals are Wilson's, at 95 %.
 
 Requests are counted by when they were due: those within the span, whatever became of them later;
-so warm-up is left out and drain is included.
+so warm-up is left out and drain is included. A span in which none is due has no score.
 """
 
 from collections import defaultdict
@@ -28,6 +28,11 @@ VOID_LATENESS = 0.05
 ON_TIME = 0.9
 """Share of tokens that deadline attainment asks for."""
 _Z95 = 1.959963984540054
+
+
+class EmptySpan(ValueError):
+    """No request is due in what counts of a run; the text names the fix."""
+
 
 Miss = Literal["error", "unfinished", "ttft", "tpot", "e2e"]
 
@@ -130,7 +135,11 @@ def attained(outcome: Outcome) -> bool:
 
 def deadline_attained(outcome: Outcome) -> bool:
     """See the module's text."""
-    return first_miss(outcome) in (None, "tpot") and outcome.on_time >= ON_TIME
+    if first_miss(outcome) not in (None, "tpot") or outcome.on_time < ON_TIME:
+        return False
+    # a missed "tpot" is the first reason only: the end-to-end target was not looked at
+    allowed, e2e = outcome.slo.e2e, outcome.e2e
+    return allowed is None or (e2e is not None and e2e <= allowed)
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
@@ -169,6 +178,16 @@ def counted(outcomes: Iterable[Outcome], span: tuple[float, float]) -> list[Outc
     return [outcome for outcome in outcomes if start <= outcome.at < end]
 
 
+def check_span(times: Iterable[float], span: tuple[float, float]) -> None:
+    """Raise `EmptySpan` if none of these times lies within the span."""
+    start, end = span
+    if not any(start <= at < end for at in times):
+        raise EmptySpan(
+            f"no request is due in what counts ({start:g} to {end:g} s of the run): make the run"
+            " longer, the rate or load higher, or the warm-up shorter"
+        )
+
+
 def summarise(
     outcomes: Iterable[Outcome],
     *,
@@ -181,11 +200,13 @@ def summarise(
     seed: int = 0,
     note: str = "",
 ) -> Summary:
-    """Score the requests due within `span` (seconds from the start of the run)."""
+    """Score the requests due within `span` (seconds from the start of the run). Raises `EmptySpan`
+    where there is none: 100 % of nothing would enter capacities as a success."""
     chosen = counted(outcomes, span)
     seconds = span[1] - span[0]
     if seconds <= 0:
         raise ValueError(f"span = {span}: must end after it starts")
+    check_span((outcome.at for outcome in chosen), span)
     groups: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in chosen:
         groups[outcome.class_name].append(outcome)

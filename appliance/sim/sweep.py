@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from appliance.core.types import Record
 from appliance.metrics.outcome import Outcome
 from appliance.metrics.phases import Recovery, recoveries
-from appliance.metrics.score import Summary, summarise
+from appliance.metrics.score import EmptySpan, Summary, check_span, summarise
 from appliance.policy.choice import PolicyChoice, parse_choices, static_ratios
 from appliance.sim.machine import Machine
 from appliance.sim.simulation import Ablation, Extras, simulate
@@ -126,8 +126,9 @@ def items_of(sweep: Sweep, *, load: float, seed: int) -> list[Item]:
 
 
 def run_point(sweep: Sweep, point: Point) -> PointResult:
-    """Simulate and score one point."""
+    """Simulate and score one point. Raises `EmptySpan` where no request counts."""
     items = items_of(sweep, load=point.load, seed=point.seed)
+    warm, end = counted_span(sweep, items, load=point.load)
     result = simulate(
         items,
         point.choice,
@@ -136,10 +137,6 @@ def run_point(sweep: Sweep, point: Point) -> PointResult:
         validate=sweep.validate,
         ablation=sweep.ablation,
     )
-    end = sweep.seconds
-    if sweep.rows and items:
-        end = min(end, items[-1].at + 1e-6)
-    warm = min(sweep.spec.warm_up_seconds, end / 4)
     summary = summarise(
         result.outcomes,
         policy=point.choice.word,
@@ -156,6 +153,20 @@ def run_point(sweep: Sweep, point: Point) -> PointResult:
         recoveries=_recoveries(sweep, result.outcomes, point, end),
         counts={"items": len(items), "tokens": sum(each.num_tokens for each in result.outcomes)},
     )
+
+
+def counted_span(sweep: Sweep, items: Sequence[Item], *, load: float) -> tuple[float, float]:
+    """From when to when requests count, in seconds of the run. Raises `EmptySpan`, which names the
+    load, where none is due then."""
+    end = sweep.seconds
+    if sweep.rows and items:
+        end = min(end, items[-1].at + 1e-6)
+    warm = min(sweep.spec.warm_up_seconds, end / 4)
+    try:
+        check_span((item.at for item in items), (warm, end))
+    except EmptySpan as error:
+        raise EmptySpan(f"load {load:g}: {error}") from error
+    return warm, end
 
 
 def _recoveries(

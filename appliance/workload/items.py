@@ -1,7 +1,9 @@
 """One request of a workload, as the client knows it.
 
-`output_tokens` is the hidden truth: the world (or the client that stops reading) knows it, no
-scheduler sees it. `max_tokens` is what the request says."""
+`output_tokens` is the truth: the world (or the client that stops reading) knows it, no scheduler is
+told. `max_tokens` is what the request says, and every scheduler sees that. Where the specification
+has `max_tokens = 0`, as "five" has, the two are equal, so whoever reads `max_tokens` as a length
+knows the truth there; a larger number in the specification hides it."""
 
 from appliance.core.types import Record, Slo
 

@@ -19,6 +19,7 @@ client, or written down, `calibration = { a_ms = 8.0, b_ms = 0.03, tpot0_ms = 5.
 """
 
 import difflib
+import hashlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -287,6 +288,12 @@ def spec_from_table(table: Mapping[str, object]) -> WorkloadSpec:
 def class_slos(spec: WorkloadSpec) -> dict[str, Slo]:
     """The absolute targets of each class, by name."""
     return {one.name: one.slo(scale=spec.slo_scale) for one in spec.classes}
+
+
+def digest(value: object) -> str:
+    """A short name for what a record, or a sequence of them, says: equal for equal ones, whatever
+    process computes it."""
+    return hashlib.sha256(msgspec.json.encode(value)).hexdigest()[:16]
 
 
 def _calibration(given: Mapping[str, object] | None) -> Calibration | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,12 +21,17 @@ class Stub:
         takes: tuple[str, ...] = ("ids", "text", "chat"),
         classes: tuple[str, ...] | None = None,
         max_model_len: int | None = 2048,
+        model: str = "stub",
+        cost: Iterable[float] = (),
     ) -> None:
-        """`takes`: kinds of prompts; `classes`: those it knows (None: all)."""
+        """`takes`: kinds of prompts; `classes`: those it knows (None: all); `cost`: the
+        instance-seconds that /metrics says, time after time (after that it is not found)."""
         self.ways = dict(ways or {})
         self.takes = takes
         self.classes = classes
         self.max_model_len = max_model_len
+        self.model = model
+        self.cost = iter(cost)
         self.bodies: list[dict[str, Any]] = []
         self.connections: set[int] = set()
         self.url = ""
@@ -37,6 +42,7 @@ class Stub:
         """Serve on a free port."""
         app = web.Application(client_max_size=1 << 24)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -51,10 +57,16 @@ class Stub:
             await runner.cleanup()
 
     async def _models(self, _: web.Request) -> web.Response:
-        card: dict[str, Any] = {"id": "stub"}
+        card: dict[str, Any] = {"id": self.model}
         if self.max_model_len is not None:
             card["max_model_len"] = self.max_model_len
         return web.json_response({"object": "list", "data": [card]})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        cost = next(self.cost, None)
+        if cost is None:
+            raise web.HTTPNotFound
+        return web.Response(text=f"appliance_instance_seconds_total {cost}\n")
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -142,6 +142,78 @@ async def test_refusals_are_counted_by_kind_and_do_not_stop_the_run(
     assert "http_429" in capsys.readouterr().out
 
 
+async def test_a_server_that_dies_fails_the_sweep_and_the_point_is_not_kept(
+    workload: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, fates = tmp_path / "out.json", tmp_path / "fates.jsonl"
+    sweep = (
+        "--json", str(out), "--outcomes", str(fates), "--policy-name", "mine",
+        *measured(workload, rate="20,40"),
+    )  # fmt: skip
+    async with Stub().running() as server:
+        running = asyncio.create_task(bench("--url", server.url, *sweep))
+        while not out.exists():
+            await asyncio.sleep(0.01)
+        before = len(server.bodies)
+        while len(server.bodies) < before + 3:
+            await asyncio.sleep(0.01)
+    assert await running == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "40 requests/s, seed 0: the server cannot be reached any more" in last
+    assert "--resume" in last
+    assert [run.load for run in read_document(out).runs] == [20]
+    assert "refused" not in fates.read_text()
+    async with Stub().running() as server:
+        assert await bench("--url", server.url, "--resume", *sweep) == 0
+    runs = read_document(out).runs
+    assert [(run.load, run.attainment) for run in runs] == [(20, 1), (40, 1)]
+
+
+@pytest.mark.parametrize(("cost", "code"), [((10.0, 14.0), 0), ((50.0, 3.0), 1)])
+async def test_what_workers_cost_is_a_difference_and_never_that_of_two_servers(
+    workload: str,
+    tmp_path: Path,
+    cost: tuple[float, float],
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out.json"
+    async with Stub(cost=cost).running() as server:
+        found = await bench("--url", server.url, "--json", str(out), *measured(workload))
+    assert found == code
+    if code:
+        assert "started again during the run" in capsys.readouterr().err
+        assert not out.exists()
+    else:
+        assert [run.instance_seconds for run in read_document(out).runs] == [4.0]
+
+
+async def test_a_sweep_goes_on_with_the_same_experiment_only(
+    workload: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    sweep = ("--json", str(out), "--resume", *measured(workload, rate="20,30"))
+    async with Stub().running() as server:
+        one = ("--url", server.url, "--json", str(out))
+        assert await bench(*one, *measured(workload)) == 0
+        Path(workload).write_text(WORKLOAD.replace("share = 3", "share = 4"))
+        assert await bench("--url", server.url, *sweep) == 1
+        assert "shares.a = 3.0, not 4.0" in capsys.readouterr().err
+        Path(workload).write_text(WORKLOAD.replace("output = 4", "output = 5"))
+        assert await bench("--url", server.url, *sweep) == 1
+        assert "lengths.a.output = 4, not 5" in capsys.readouterr().err
+        Path(workload).write_text(WORKLOAD + "weight = 2\n")
+        assert await bench("--url", server.url, *sweep) == 1
+        assert "workload_digest" in capsys.readouterr().err
+        Path(workload).write_text(WORKLOAD)
+    async with Stub(model="other").running() as server:
+        assert await bench("--url", server.url, *sweep) == 1
+        assert "model = 'stub', not 'other'" in capsys.readouterr().err
+    async with Stub().running() as server:
+        assert await bench("--url", server.url, *sweep) == 0
+    assert [run.load for run in read_document(out).runs] == [20, 30]
+
+
 async def test_a_client_that_is_late_voids_the_run_loudly(
     workload: str,
     tmp_path: Path,
@@ -187,6 +259,11 @@ async def test_targets_can_be_those_of_an_unloaded_server(
         (["--trace", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--rate", "1", "--seconds", "3", "--warm-up", "3"], "--warm-up"),
         (["--rate", "1", "--seconds", "-3"], "--seconds"),
+        (["--rate", "1", "--seconds", "inf"], "--seconds"),
+        (["--rate", "1", "--drain", "inf"], "--drain"),
+        (["--rate", "inf"], "--rate"),
+        (["--rate", "1", "--load", "nan"], "--load"),
+        (["--rate", "0.001", "--seconds", "6"], "no request is due in what counts"),
         (["--rate", "1", "--report", "out.pdf"], "--report"),
         (["--rate", "1", "--report", "nowhere/out.png"], "there is no directory"),
         (["--rate", "1", "--json", "nowhere/out.json"], "--json"),

@@ -1,5 +1,6 @@
 """Which runs a sweep has, what counts as done, and what is never written over."""
 
+from math import inf, nan
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from appliance.metrics.document import Document, write_document
 from appliance.metrics.score import Summary, summarise
 from appliance.workload.spec import load_spec
 from appliance.workload.trace_rows import TraceRow
+from tests.metrics.outcomes import outcome
 
 FIVE = Offer(spec=load_spec("five"), seconds=20.0, warm_up=5.0, arrivals="poisson")
 ROWS = tuple(
@@ -29,7 +31,9 @@ TRACE = Offer(spec=load_spec("five"), seconds=None, warm_up=0.0, arrivals="poiss
 
 
 def summary(load: float, *, seed: int = 0, policy: str = "p", void: bool = False) -> Summary:
-    made = summarise([], policy=policy, load=load, span=(0, 1), instance_seconds=0, seed=seed)
+    made = summarise(
+        [outcome()], policy=policy, load=load, span=(0, 1), instance_seconds=0, seed=seed
+    )
     return msgspec.structs.replace(made, void=void)
 
 
@@ -60,6 +64,7 @@ def test_a_trace_is_played_at_its_own_speed_a_multiple_or_a_rate() -> None:
 @pytest.mark.parametrize(
     ("offer", "rates", "loads"),
     [(FIVE, (), ()), (FIVE, (), (1.0,)), (FIVE, (5.0, 6.0), (1.0,)), (FIVE, (-1.0,), ()),
+     (FIVE, (inf,), ()), (FIVE, (nan,), ()), (FIVE, (5.0,), (inf,)), (TRACE, (), (nan,)),
      (TRACE, (1.0,), (1.0,))],
 )  # fmt: skip
 def test_what_does_not_say_how_fast_is_refused(
@@ -84,6 +89,20 @@ def test_a_run_that_is_all_warm_up_is_refused() -> None:
         items_of(msgspec.structs.replace(TRACE, warm_up=5.0), point)
 
 
+def test_a_trace_that_ends_early_ends_what_counts() -> None:
+    """20 s of it in a run of 60: rates are per second of the trace."""
+    (point,) = points_of(TRACE, rates=(), loads=(1,), seeds=(0,))
+    items, span = items_of(msgspec.structs.replace(TRACE, seconds=60.0), point)
+    assert len(items) == 21
+    assert span == (0.0, pytest.approx(20.0, abs=0.1))
+
+
+def test_a_run_in_which_nothing_counts_is_refused() -> None:
+    (point,) = points_of(FIVE, rates=(0.001,), loads=(), seeds=(0,))
+    with pytest.raises(BenchError, match=r"0\.001 requests/s.*no request is due.*5 to 20 s"):
+        items_of(FIVE, point)
+
+
 def test_a_point_is_done_when_a_run_of_it_counts() -> None:
     point = Point(load=5, rate=5, speed=1, seed=1)
     assert is_done(point, [summary(5, seed=1)], policy="p")
@@ -95,6 +114,21 @@ def test_a_point_is_done_when_a_run_of_it_counts() -> None:
 def test_a_new_run_takes_the_place_of_a_void_one() -> None:
     before = [summary(5, void=True), summary(6)]
     assert only_new(before, summary(5)) == (summary(6), summary(5))
+
+
+def test_what_an_older_file_does_not_say_is_no_difference_and_what_differs_is_named(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "out.json"
+    asked = Document(spec={"model": "m", "lengths": {"a": {"prompt": 8}}, "shares": {}}, runs=())
+    write_document(path, Document(spec={"lengths": {"a": {"prompt": 8}}}, runs=(summary(5),)))
+    assert earlier_runs(path, asked, resume=True).runs == (summary(5),)
+    write_document(path, Document(spec={"lengths": {"a": {"prompt": 9}}}, runs=()))
+    with pytest.raises(BenchError, match=r"lengths\.a\.prompt = 9, not 8"):
+        earlier_runs(path, asked, resume=True)
+    write_document(path, Document(spec={"model": "other"}, runs=()))
+    with pytest.raises(BenchError, match=r"model = 'other', not 'm'"):
+        earlier_runs(path, asked, resume=True)
 
 
 def test_results_are_added_to_only_when_asked_and_only_to_their_like(tmp_path: Path) -> None:
@@ -109,6 +143,6 @@ def test_results_are_added_to_only_when_asked_and_only_to_their_like(tmp_path: P
     longer = Document(spec={**asked.spec, "seconds": 60.0}, runs=())
     with pytest.raises(BenchError, match="seconds = 20"):
         earlier_runs(path, longer, resume=True)
-    path.write_text("{")
+    path.write_text("{")  # cut off
     with pytest.raises(BenchError, match=r"out\.json"):
         earlier_runs(path, asked, resume=True)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from appliance.core.types import Slo
 from appliance.metrics.score import (
     Capacity,
+    EmptySpan,
     attained,
     capacity,
     deadline_attained,
@@ -52,6 +53,17 @@ def test_deadline_attainment_forgives_what_was_banked() -> None:
     assert not deadline_attained(outcome(ttft=1.1, on_time=1.0))
     assert not deadline_attained(outcome(error="x"))
     assert not deadline_attained(outcome(ttft=200.0, slo=BATCH))
+
+
+def test_deadline_attainment_asks_for_the_end_in_time_whatever_the_pace_was() -> None:
+    """11 tokens at 60 ms end after 1.1 s: the pace alone is forgiven, the end is not."""
+    slow = {"tpot": 0.06, "on_time": 0.95}
+    whole = Slo(class_name="whole", ttft=1.0, tpot=0.05, e2e=1.0)
+    assert first_miss(outcome(slo=whole, **slow)) == "tpot"
+    assert not deadline_attained(outcome(slo=whole, **slow))
+    later = msgspec.structs.replace(whole, e2e=1.2)
+    assert first_miss(outcome(slo=later, **slow)) == "tpot"
+    assert deadline_attained(outcome(slo=later, **slow))
 
 
 def test_a_run_is_scored_by_hand() -> None:
@@ -111,9 +123,11 @@ def test_a_late_client_voids_the_run() -> None:
     assert summarise(late, policy="p", load=1, span=(0, 10), instance_seconds=0).void
 
 
-def test_nothing_offered_is_scored_without_a_division() -> None:
-    summary = summarise([], policy="p", load=0, span=(0, 10), instance_seconds=0)
-    assert (summary.attainment, summary.goodput, summary.ttft_ms.p99) == (1.0, 0.0, None)
+@pytest.mark.parametrize("times", [[], [0.5, 10.0]], ids=["nothing", "nothing that counts"])
+def test_nothing_offered_has_no_score(times: list[float]) -> None:
+    run = [outcome(at) for at in times]
+    with pytest.raises(EmptySpan, match=r"1 to 10 s.*make the run longer.*warm-up shorter"):
+        summarise(run, policy="p", load=0, span=(1, 10), instance_seconds=0)
     with pytest.raises(ValueError, match="span"):
         summarise([], policy="p", load=0, span=(10, 10), instance_seconds=0)
 
@@ -193,6 +207,7 @@ def test_a_stricter_threshold_never_gives_more_capacity(
 )
 def test_the_classes_add_up_to_the_whole(entries: list[tuple[float, float, str]]) -> None:
     run = [outcome(at, ttft=ttft, slo=Slo(class_name=name, ttft=1.0)) for at, ttft, name in entries]
+    run.append(outcome(1.0, slo=Slo(class_name="a", ttft=1.0)))
     summary = summarise(run, policy="p", load=1, span=(0, 8), instance_seconds=1)
     classes = summary.per_class.values()
     assert sum(one.offered for one in classes) == summary.offered
