@@ -48,7 +48,7 @@ class HyperflexisSettings(msgspec.Struct, frozen=True, kw_only=True):
     who has the most to do."""
     skip_loose: bool = True
     """Decodes with time in hand sit out a step that would be too long for a tighter one."""
-    headroom: Share = 0.9
+    headroom: Share = 0.8
     """Part of a time budget that a prediction may use."""
     floor: Share = 0.65
     """A step for decodes that are behind may last this share of the tightest S2."""
@@ -56,6 +56,9 @@ class HyperflexisSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of prefill that are placed at a worker before others wait at the node."""
     lane_share: Share = 0.02
     """Of the prompt tokens of a step, what best effort gets even in overload."""
+    lane_after: Positive = 60.0
+    """Seconds after which best effort is placed though every worker is full, one at a time to each;
+    what it gets is lost to those that can be in time."""
     patience: Positive = 120.0
     """Seconds after which a request without targets should have begun."""
     fairness: Annotated[float, msgspec.Meta(ge=0.0)] = 4.0

@@ -111,19 +111,17 @@ class HyperflexisDispatch:
                     return [each.request for each in chosen]
         if any(each.is_underfull for each in estimates):
             chosen += [*lanes.first("main", BATCH), *lanes.first("shed", BATCH)]
-        elif all(each.num_late or each.is_full for each in estimates):
-            return ()
-        for entry in () if chosen and chosen[0].lane == "lane" else lanes.first("lane", SCAN):
-            if self._best_effort(entry, self._estimates, now) is not None:
-                chosen.append(entry)
-                break
-        return [entry.request for entry in chosen]
+            for entry in lanes.first("lane", SCAN):
+                if self._best_effort(entry, self._estimates, now) is not None:
+                    chosen.append(entry)
+                    break
+        return [each.request for each in dict.fromkeys(chosen)]
 
     def _aged(self, now: float) -> list[Entry]:
-        """The oldest of best effort if it has waited for `patience` and some worker has none of
-        them: it is offered before all others, since a full worker has room for the first only."""
+        """The oldest of best effort if its turn has come and some worker has none of them: it is
+        offered before all others, since a full worker has room for the first only."""
         for entry in self._lanes.first("lane", 1):
-            if now - entry.request.arrived > self._settings.patience and any(
+            if self._has_turn(entry, now) and any(
                 not each.num_late and not each.is_full for each in self._estimates.values()
             ):
                 return [entry]
@@ -348,20 +346,23 @@ class HyperflexisDispatch:
     def _best_effort(
         self, entry: Entry, estimates: Mapping[WorkerId, Estimate], now: float
     ) -> WorkerId | None:
-        """Where there is least to do; if there is much everywhere, one at a time to each. What has
-        waited for `patience` need not fit beside what is there."""
+        """Where there is little to do. What has waited so long that its turn has come goes
+        anywhere, one at a time to each, and need not fit beside what is there."""
         little = [id_ for id_, each in estimates.items() if each.is_underfull]
-        if not little:
-            little = [id_ for id_, each in estimates.items() if not (each.num_late or each.is_full)]
         whole = self._whole(entry.request)
         fitting = [id_ for id_ in little if estimates[id_].bears(whole, None)]
-        if not fitting and now - entry.request.arrived > self._settings.patience:
-            fitting = little
+        if not fitting and self._has_turn(entry, now):
+            free = [id_ for id_, each in estimates.items() if not (each.num_late or each.is_full)]
+            fitting = little or free
         return min(
             fitting,
             key=lambda id_: (estimates[id_].remaining / estimates[id_].pace.rate, id_),
             default=None,
         )
+
+    def _has_turn(self, entry: Entry, now: float) -> bool:
+        """Whether best effort has waited so long that full workers take it too."""
+        return now - entry.request.arrived > self._settings.lane_after
 
     def _idle(self, estimates: Mapping[WorkerId, Estimate]) -> WorkerId | None:
         """A worker without any work, if there is one: it takes what no budget allows."""

@@ -253,7 +253,7 @@ def test_nobody_starves_in_overload() -> None:
 def test_what_is_late_gets_its_share_while_overload_lasts() -> None:
     """Some of what was demoted is answered before the load ends."""
     items = five(35.0, 30.0)
-    result = run("hyperflexis", items)
+    result = run("hyperflexis{lane_after=5}", items)
     late = [
         each
         for each in result.outcomes

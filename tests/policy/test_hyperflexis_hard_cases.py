@@ -51,15 +51,17 @@ def test_R3_after_a_death_an_answer_that_was_in_time_goes_on_first() -> None:
 
 
 def test_best_effort_is_served_though_one_worker_is_gone() -> None:
-    node = Known(2)
+    node = Known(2, lane_after=5.0)
     node.down(1)
     busy(node)
     node.arrive(9, prompt=8000, slo=urgent(0.4))
-    assert node.where.get(9) == 0, "one late prompt at a time while there is other work"
+    assert 9 not in node.where, "all are full"
+    node.hear_later(6.0)
+    assert node.where.get(9) == 0, "its turn has come"
 
 
 def test_a_worker_for_answers_counts_for_no_prompt() -> None:
-    node = Known(3, roles=[Role.PREFILL, Role.DECODE, Role.DECODE], patience=5.0)
+    node = Known(3, roles=[Role.PREFILL, Role.DECODE, Role.DECODE], lane_after=5.0)
     busy(node)
     said = node.arrive(9, prompt=200, slo=urgent(0.1))
     assert not [each for each in said if isinstance(each, Degrade)]
@@ -108,7 +110,7 @@ def test_who_has_only_a_budget_per_token_is_not_refused_for_having_waited() -> N
 
 
 def test_best_effort_that_has_waited_for_long_need_not_fit_beside_what_is_there() -> None:
-    node = Known(patience=5.0)
+    node = Known(lane_after=5.0)
     for number in range(1, 60):
         node.arrive(number, prompt=10, slo=urgent(600.0, tpot=0.0082))
         node.exact_step(0, sorted(node.at(0)))
