@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from appliance.metrics.score import Summary, attained, first_miss
 from appliance.policy.choice import PolicyChoice, parse_choice
 from appliance.workload.arrivals import change_times, parse_arrivals
 from appliance.workload.spec import WorkloadSpec, load_spec
-from tools.control_kit import ROOT, Options, cpu_seconds, pin, running_server
+from tools.control_kit import ROOT, Options, Server, cpu_seconds, pin, running_server
 
 VOID = 3
 """Exit code of a client that was late."""
@@ -190,7 +190,8 @@ def slo_assignments(spec: WorkloadSpec) -> list[str]:
 def run_live(setup: Setup, plan: Plan, *, outcomes_directory: Path) -> LiveRun:
     """Start a server, run the client against it, stop it; what came of it.
 
-    Every outcome is kept as a line of a gzip'd file in `outcomes_directory`."""
+    Every outcome is kept as a line of a gzip'd file in `outcomes_directory`. Raises `SystemExit`,
+    and keeps nothing, if the client fails or the server ends by itself."""
     with tempfile.TemporaryDirectory(prefix="sweep-") as name:
         place = Path(name)
         model = "tiny-tasks"
@@ -202,11 +203,14 @@ def run_live(setup: Setup, plan: Plan, *, outcomes_directory: Path) -> LiveRun:
             before = server.cpu()
             command = client_command(setup, plan, f"http://127.0.0.1:{server.port}", files)
             began = time.monotonic()
-            client = subprocess.Popen(
+            with subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            pin(client.pid, setup.cores.client)
-            cpu = _watch(client, server.cpu, before, began=began, seconds=setup.seconds)
+            ) as client:
+                try:
+                    pin(client.pid, setup.cores.client)
+                    cpu = _watch(client, server, before, began=began, seconds=setup.seconds)
+                finally:
+                    client.kill()  # does nothing to one that has ended
         outcomes = read_outcomes(files[1])
         summary = _only_summary(files[0])
     keep_outcomes(outcomes_directory / f"{file_name(plan)}.jsonl.gz", outcomes)
@@ -226,19 +230,27 @@ def client_command(setup: Setup, plan: Plan, url: str, files: tuple[Path, Path])
 
 def _watch(
     client: "subprocess.Popen[bytes]",
-    server_cpu: Callable[[], dict[str, float]],
+    server: Server,
     before: Mapping[str, float],
     *,
     began: float,
     seconds: float,
 ) -> dict[str, float]:
-    """Wait for the client; CPU shares of everybody over the time in which it sends."""
+    """Wait for the client; CPU shares of everybody over the time in which it sends. Raises
+    `SystemExit` if the server has ended meanwhile, or one of its workers, or the client failed."""
     shares: dict[str, float] = {}
     machine = machine_seconds()
     try:
         client.wait(max(1.0, seconds - 1.0))
     except subprocess.TimeoutExpired:
-        after, took = server_cpu(), time.monotonic() - began
+        _must_live(server)
+        took = time.monotonic() - began
+        try:
+            after = server.cpu()
+        except FileNotFoundError as error:
+            raise SystemExit(
+                f"a worker has ended during the run, which is not kept: {error}"
+            ) from error
         used = {name: after[name] - before[name] for name in after if name in before}
         shares = {
             "server": used.pop("server", 0.0) / took,
@@ -250,9 +262,19 @@ def _watch(
         )
         shares["machine"] = busy / max(1e-9, busy + idle)
     words = client.communicate()[0].decode(errors="replace")
+    _must_live(server)
     if client.returncode not in (0, VOID):
         raise SystemExit(f"the client has ended with {client.returncode}:\n{words[-4000:]}")
     return {name: round(share, 3) for name, share in shares.items()}
+
+
+def _must_live(server: Server) -> None:
+    code = server.process.poll()
+    if code is not None:
+        raise SystemExit(
+            f"the server has ended with {code} during the run, which is not kept; see what it said"
+            " above, then give the same command again"
+        )
 
 
 def machine_seconds() -> tuple[float, float]:

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from appliance.metrics.document import append_line
 from appliance.policy.choice import parse_choices
 from appliance.workload.arrivals import parse_arrivals
-from appliance.workload.spec import FIVE, load_spec
+from appliance.workload.spec import FIVE, digest, load_spec
 from tools.control_kit import machine
 from tools.sweep_calibration import calibrated
 from tools.sweep_kit import Cores, LiveRun, Plan, Setup, num_workers, read_runs, run_live
@@ -50,6 +50,11 @@ DEFAULTS: Mapping[str, tuple[float, tuple[float, ...]]] = {
     "relative": (75.0, (0.4, 0.6, 0.8, 1.0, 1.2, 1.5)),
 }
 """Seconds of a run and loads, by mode."""
+SAME = (
+    "devices", "reference", "seconds", "warm_up", "workload", "workload_digest", "drain",
+    "positions", "max_num_seqs", "max_batch_tokens", "assignments",
+)  # fmt: skip
+"""What all runs of a file have in common; cores and priority are the machine's business."""
 
 
 def main() -> None:
@@ -168,23 +173,24 @@ def _relative_workload(options: argparse.Namespace, setup: Setup) -> Path:
 
 
 def _describe(options: argparse.Namespace, setup: Setup) -> None:
-    """What was asked and on which machine, beside the results."""
+    """What was asked and on which machine, beside the results. Raises `SystemExit` where the file
+    is there and says otherwise; what an older one does not say counts as equal."""
     path = options.out.with_suffix(".setup.json")
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name in ("devices", "reference", "seconds", "warm_up", "workload"):
-            now = options.reference if name == "reference" else getattr(setup, name)
-            if before[name] != now:
-                raise SystemExit(
-                    f"{options.out} holds runs with {name} = {before[name]!r}, not {now!r}: name"
-                    " another file with --out"
-                )
-        return
     words: Mapping[str, Any] = asdict(setup) | {
         "cores": asdict(setup.cores),
         "reference": options.reference,
+        "workload_digest": digest(load_spec(setup.workload)),
         "machine": machine(),
     }
+    if path.exists():
+        before, now = json.loads(path.read_text()), json.loads(json.dumps(words))
+        for name in SAME:
+            if name in before and before[name] != now[name]:
+                raise SystemExit(
+                    f"{options.out} holds runs with {name} = {before[name]!r}, not {now[name]!r}:"
+                    " name another file with --out"
+                )
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(words, indent=1) + "\n")
 

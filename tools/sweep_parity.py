@@ -6,14 +6,16 @@ Taken are the points (policy, arrivals, rate) whose live attainment, seeds poole
 two: where everything is attained or nothing is, agreement says little. Each seed of a point is
 simulated with the very items that the client sent, and both are scored by the same code. With a
 class's difference stands what chance alone allows at its number of requests (95 %, both sides as
-independent samples, which is wide: the requests are the same)."""
+independent samples, which is wide: the requests are the same). Runs with `--set` arguments that the
+simulator knows nothing of are refused."""
 
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 from appliance.core.types import Record
 from appliance.metrics.score import Summary, summarise
@@ -26,6 +28,8 @@ from appliance.workload.spec import load_spec
 from tools.sweep_kit import LiveRun, read_runs
 
 BAR = 0.05
+TAKEN = {"batch.max_num_seqs": "max_num_seqs", "batch.max_batch_tokens": "max_batch_tokens"}
+"""Of the `--set` arguments of a sweep, those that the simulator has too, by its own names."""
 
 
 class Pair(Record, frozen=True, kw_only=True):
@@ -59,12 +63,7 @@ def main() -> None:
     parser.add_argument("--high", type=float, default=0.95)
     options = parser.parse_args()
     setup = json.loads(options.file.with_suffix(".setup.json").read_text())
-    machine = parse_machine(
-        setup["devices"],
-        max_model_len=setup["positions"],
-        max_num_seqs=setup["max_num_seqs"],
-        max_batch_tokens=setup["max_batch_tokens"],
-    )
+    machine = machine_of(setup)
     points: dict[tuple[str, str, float], list[LiveRun]] = defaultdict(list)
     for run in read_runs(options.file):
         points[run.policy, run.arrivals, run.rate].append(run)
@@ -88,6 +87,24 @@ def main() -> None:
     print(lines[-1])
     if options.out is not None:
         options.out.write_text("\n".join(lines) + "\n")
+
+
+def machine_of(setup: Mapping[str, Any]) -> Machine:
+    """The machine of a sweep's setup. Raises `SystemExit` naming what it cannot have."""
+    wanted = {
+        "max_model_len": setup["positions"],
+        "max_num_seqs": setup["max_num_seqs"],
+        "max_batch_tokens": setup["max_batch_tokens"],
+    }
+    for each in setup.get("assignments", ()):
+        name, _, value = str(each).partition("=")
+        if name.strip() not in TAKEN:
+            raise SystemExit(
+                f"the runs were made with --set {each}, which the simulator does not take: compare"
+                f" a sweep without it (taken are {', '.join(TAKEN)})"
+            )
+        wanted[TAKEN[name.strip()]] = int(value)
+    return parse_machine(setup["devices"], **wanted)
 
 
 def simulated_run(run: LiveRun, setup: dict[str, object], machine: Machine) -> Summary:

@@ -6,17 +6,20 @@ from typing import Any
 
 from appliance.bench.plots import COLOURS, MARKS, make_figure
 from tools.sweep_kit import LiveRun
-from tools.sweep_stats import Quantity, Sample, by_arrivals, interval
+from tools.sweep_stats import Quantity, Sample, by_experiment, exactly, interval, paired
 
 TITLES: Sequence[tuple[Quantity, str]] = (("overall", "all requests"), ("worst", "worst class"))
 
 
 def write_pictures(runs: Sequence[LiveRun], directory: Path) -> list[Path]:
-    """A PNG for each kind of arrivals with more than one rate, and one for phases; their paths."""
+    """A PNG for each experiment with more than one rate, and one for phases; their paths. Runs are
+    those of the tables."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for arrivals, group in by_arrivals(runs).items():
-        name = "".join(letter if letter.isalnum() else "-" for letter in arrivals)
+    for words, everything in by_experiment(runs).items():
+        group, _ = paired(everything)
+        arrivals = group[0].arrivals
+        name = "".join(letter if letter.isalnum() else "-" for letter in words)
         if len({run.rate for run in group}) > 1:
             path = directory / f"sweep-{name}.png"
             attainment_figure(group, arrivals).savefig(path, dpi=130)
@@ -36,7 +39,7 @@ def attainment_figure(group: Sequence[LiveRun], arrivals: str) -> Any:
     for axis, (quantity, title) in zip(axes, TITLES, strict=True):
         for place, policy in enumerate(sample.policies):
             rates = [rate for rate in sample.rates if sample.has(policy, rate)]
-            found = [interval(sample.attainment(policy, rate, quantity)) for rate in rates]
+            found = [interval(exactly(sample.attainment(policy, rate, quantity))) for rate in rates]
             style = _style(place, policy)
             axis.plot(rates, [100 * one.value for one in found], **style)
             axis.fill_between(

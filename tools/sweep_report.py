@@ -6,7 +6,8 @@
 For each kind of arrivals: capacity at 90 and 99 % (all requests, worst class) of every policy, the
 subject against its best rival and against FCFS round-robin, attainment load by load, recovery after
 changes, overload. Intervals are explained in `tools.sweep_stats`; runs of several files and of
-several seeds are pooled."""
+several seeds are pooled, but not of different devices, workloads or lengths. Policies are compared
+on the requests that all of them met; which runs that leaves out is said."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from appliance.metrics.score import Capacity
 from tools.sweep_kit import LiveRun, read_runs
-from tools.sweep_stats import Quantity, Sample, by_arrivals, interval, mean_over, ratio
+from tools.sweep_stats import (
+    Quantity,
+    Reach,
+    Sample,
+    by_experiment,
+    exactly,
+    interval,
+    mean_over,
+    paired,
+    ratio,
+)
 
 THRESHOLDS: Sequence[tuple[Quantity, float]] = (
     ("worst", 0.9), ("overall", 0.9), ("worst", 0.99), ("overall", 0.99),
@@ -54,15 +64,20 @@ def main() -> None:
 
 def report(runs: Sequence[LiveRun], *, subject: str | None = None) -> Iterator[str]:
     """Lines of markdown."""
-    for arrivals, group in by_arrivals(runs).items():
+    for words, everything in by_experiment(runs).items():
+        group, left_out = paired(everything)
+        arrivals = group[0].arrivals
         policies = list(dict.fromkeys(run.policy for run in group))
         chosen = subject if subject in policies else _first(policies, SUBJECT)
-        yield f"## Arrivals: {arrivals}"
+        yield f"## Arrivals: {words}"
         yield ""
         yield _scope(group)
         yield ""
+        if left_out:
+            yield f"Left out: {'; '.join(left_out)}."
+            yield ""
         if arrivals.startswith("steps"):
-            yield from overload_table(runs, arrivals)
+            yield from overload_table(group, runs)
             continue
         sample = Sample(group)
         yield from capacity_table(sample)
@@ -86,10 +101,12 @@ def capacity_table(sample: Sample) -> Iterator[str]:
     for policy in sample.policies:
         cells = []
         for quantity, level in THRESHOLDS:
-            found, resampled = sample.capacities(policy, quantity, level)
-            bounds = interval(resampled)
-            cells.append(f"{_capacity(found)} [{bounds.low:.1f}, {bounds.high:.1f}]")
+            found = sample.capacities(policy, quantity, level)
+            cells.append(f"{_capacity(found)} {interval(found).bounds(1)}")
         yield f"| {policy} | {' | '.join(cells)} |"
+    yield ""
+    yield "≥: nothing had failed up to the largest rate tried; ≤: the smallest one already had."
+    yield "Before a bound of an interval the same is meant of the resamples that it comes from."
     yield ""
 
 
@@ -103,14 +120,24 @@ def against_rivals(sample: Sample, subject: str) -> Iterator[str]:
     for quantity, level in THRESHOLDS:
         best = sample.best(rivals, quantity, level)
         ours, theirs = (sample.capacities(one, quantity, level) for one in (subject, best))
-        if theirs[0].rate == 0:
-            words = "no rival holds it at any load"
-        else:
-            bound = "at least " if ours[0].at_least and not theirs[0].at_least else ""
-            bound = "undecided, neither failed: " if theirs[0].at_least else bound
-            words = f"{bound}{ratio(ours[1], theirs[1]).words}"
+        words = _against(ours, theirs)
         yield f"- {WORDS[quantity]} at {level:.0%}: {words} (best rival: {best})"
     yield ""
+
+
+def _against(ours: Reach, theirs: Reach) -> str:
+    if theirs.nothing:
+        return "neither holds it at any load" if ours.nothing else "no rival holds it at any load"
+    words = ratio(ours, theirs).words
+    match ours.at_least, theirs.at_least:
+        case True, True:
+            return f"undecided, neither failed: {words}"
+        case True, False:
+            return f"at least {words}"
+        case False, True:
+            return f"at most {words}: the rival failed nowhere"
+        case _:
+            return words
 
 
 def load_table(sample: Sample, subject: str | None) -> Iterator[str]:
@@ -142,7 +169,7 @@ def _difference(sample: Sample, subject: str, rate: float, quantity: Quantity) -
         return ""
     best = max(rivals, key=lambda one: sample.attainment(one, rate, quantity)[0])
     ours = sample.attainment(subject, rate, quantity)
-    found = interval(100 * (ours - sample.attainment(best, rate, quantity)))
+    found = interval(exactly(100 * (ours - sample.attainment(best, rate, quantity))))
     words = f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
     return f"**{words}**" if found.value < -100 * ALLOWED and found.high < 0 else words
 
@@ -167,7 +194,7 @@ def base_table(group: Sequence[LiveRun], sample: Sample, subject: str) -> Iterat
             continue
         pair = ((subject, rate), (base, rate))
         ratios = [
-            ratio(*(sample.attainment(policy, rate, quantity) for policy, _ in pair)).words
+            ratio(*(exactly(sample.attainment(policy, rate, quantity)) for policy, _ in pair)).words
             for quantity in ("overall", "worst")
         ]
         gain = goodput[pair[0]] / goodput[pair[1]] if goodput[pair[1]] else float("inf")
@@ -233,18 +260,18 @@ def recovery_table(group: Sequence[LiveRun]) -> Iterator[str]:
     yield ""
 
 
-def overload_table(runs: Sequence[LiveRun], arrivals: str) -> Iterator[str]:
-    """Goodput under overload against that at saturation, and what came after."""
+def overload_table(group: Sequence[LiveRun], runs: Sequence[LiveRun]) -> Iterator[str]:
+    """Goodput under overload against that at saturation (found among `runs`), and what came
+    after."""
     plain = [run for run in runs if run.arrivals == "poisson"]
     yield (
         "| policy | rate x 1 | goodput at saturation | under overload | ratio | seconds to"
         " recover | goodput after | batch all done, s after the load |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for run in (run for run in runs if run.arrivals == arrivals):
-        steady = [
-            one.goodput for one in plain if (one.policy, one.devices) == (run.policy, run.devices)
-        ]
+    for run in group:
+        same = (run.policy, run.devices, run.workload)
+        steady = [one.goodput for one in plain if (one.policy, one.devices, one.workload) == same]
         best = max(steady, default=float("nan"))
         under, after = run.piece_goodput[0], run.piece_goodput[-1]
         back = run.recoveries[0].seconds if run.recoveries else None
@@ -270,10 +297,8 @@ def _scope(group: Sequence[LiveRun]) -> str:
     )
 
 
-def _capacity(found: Capacity) -> str:
-    if found.rate == 0 and not found.at_least:
-        return "none"
-    return f"{'≥ ' if found.at_least else ''}{found.rate:.1f}"
+def _capacity(found: Reach) -> str:
+    return "none" if found.nothing else f"{'≥ ' if found.at_least else ''}{found.rate:.1f}"
 
 
 def _rivals(policies: Sequence[str]) -> list[str]:

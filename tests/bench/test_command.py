@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,19 @@ def trace(tmp_path: Path) -> str:
 async def bench(*arguments: str) -> int:
     """The command in a thread of its own, with its own event loop."""
     return await asyncio.to_thread(main, arguments)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Within a minute."""
+    limit = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def rewrite(workload: str, text: str) -> None:
+    """Another specification in the same file."""
+    Path(workload).write_text(text)
 
 
 def measured(workload: str, *more: str, rate: str = "20") -> Sequence[str]:
@@ -152,11 +166,9 @@ async def test_a_server_that_dies_fails_the_sweep_and_the_point_is_not_kept(
     )  # fmt: skip
     async with Stub().running() as server:
         running = asyncio.create_task(bench("--url", server.url, *sweep))
-        while not out.exists():
-            await asyncio.sleep(0.01)
-        before = len(server.bodies)
-        while len(server.bodies) < before + 3:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, out.exists)
+        enough = len(server.bodies) + 3
+        await asyncio.to_thread(wait_until, lambda: len(server.bodies) >= enough)
     assert await running == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "40 requests/s, seed 0: the server cannot be reached any more" in last
@@ -196,16 +208,16 @@ async def test_a_sweep_goes_on_with_the_same_experiment_only(
     async with Stub().running() as server:
         one = ("--url", server.url, "--json", str(out))
         assert await bench(*one, *measured(workload)) == 0
-        Path(workload).write_text(WORKLOAD.replace("share = 3", "share = 4"))
+        rewrite(workload, WORKLOAD.replace("share = 3", "share = 4"))
         assert await bench("--url", server.url, *sweep) == 1
         assert "shares.a = 3.0, not 4.0" in capsys.readouterr().err
-        Path(workload).write_text(WORKLOAD.replace("output = 4", "output = 5"))
+        rewrite(workload, WORKLOAD.replace("output = 4", "output = 5"))
         assert await bench("--url", server.url, *sweep) == 1
         assert "lengths.a.output = 4, not 5" in capsys.readouterr().err
-        Path(workload).write_text(WORKLOAD + "weight = 2\n")
+        rewrite(workload, WORKLOAD + "weight = 2\n")
         assert await bench("--url", server.url, *sweep) == 1
         assert "workload_digest" in capsys.readouterr().err
-        Path(workload).write_text(WORKLOAD)
+        rewrite(workload, WORKLOAD)
     async with Stub(model="other").running() as server:
         assert await bench("--url", server.url, *sweep) == 1
         assert "model = 'stub', not 'other'" in capsys.readouterr().err
