@@ -15,7 +15,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 Milliseconds = Annotated[float, Meta(gt=0)]
-Budget = Annotated[float, Meta(ge=0)]
+Budget = Annotated[float, Meta(ge=0, le=1e9)]
 Bytes = Annotated[int, Meta(ge=1, extra={"unit": "bytes"})]
 NoBytes = Annotated[int, Meta(ge=0, extra={"unit": "bytes"})]
 Setting = float | int | str | bool
@@ -196,7 +196,7 @@ class SloSection(Section, frozen=True, kw_only=True):
     ttft_ms: Budget = 0.0
     tpot_ms: Budget = 0.0
     e2e_ms: Budget = 0.0
-    weight: Annotated[float, Meta(gt=0)] = 1.0
+    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     on_miss: Literal["serve", "refuse"] = "serve"
 
 

@@ -106,6 +106,9 @@ def _roles(plan: Plan) -> str:
 def _policy(plan: Plan) -> str:
     settings = [f"{name} {value}" for name, value in plan.config.policy.settings.items()]
     ignored = "" if plan.policy.uses_priority else "; the priority of requests is ignored"
+    refusing = [name for name, slo in plan.config.slo.items() if slo.on_miss == "refuse"]
+    if refusing and plan.policy.dispatch.late is None:
+        ignored += f"; it refuses nobody (on_miss of {', '.join(sorted(refusing))})"
     return f"{plan.policy.name}, settings: {', '.join(settings) or 'defaults'}{ignored}"
 
 

@@ -296,6 +296,18 @@ def test_the_plan_names_the_policy_and_its_settings(tmp_path: Path) -> None:
     assert "static-priority, settings: defaults\n" in shown
 
 
+@pytest.mark.parametrize(
+    ("policy", "said"), [("fcfs", "; it refuses nobody (on_miss of picky)"), ("hyperflexis", "")]
+)
+def test_the_plan_says_that_a_policy_refuses_nobody(tmp_path: Path, policy: str, said: str) -> None:
+    (tmp_path / "config.toml").write_text("[slo.picky]\nttft_ms = 10\non_miss = 'refuse'\n")
+    flags = ("--devices", "paced:2", "--policy", policy)
+    shown = run("start", "--dry-run", *flags, directory=tmp_path).stdout
+    (line,) = [line for line in shown.splitlines() if f"{policy}, settings:" in line]
+    assert ("refuses nobody" in line) == bool(said)
+    assert line.endswith(said)
+
+
 @pytest.mark.procs
 def test_the_default_configuration_can_be_printed_and_used(tmp_path: Path) -> None:
     printed = run("config", directory=tmp_path)

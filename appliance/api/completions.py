@@ -8,11 +8,11 @@ from aiohttp import web
 
 from appliance.api.context import CONTEXT, Context, new_id
 from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
-from appliance.api.dialect import PlainDialect
+from appliance.api.dialect import Dialect, PlainDialect
 from appliance.api.generate import Job, ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
 from appliance.api.observe import Meter
-from appliance.api.plans import plan_for
+from appliance.api.plans import note_asked, plan_for, refusals_counted
 from appliance.api.prompts import Prompt, encode_prompt, prompts_of, room_for
 from appliance.api.render import END, ChunkTemplate
 from appliance.api.schemas import CompletionBody
@@ -25,6 +25,12 @@ DECODER = web.AppKey("completion_decoder", BodyDecoder[CompletionBody])
 
 async def handle(request: web.Request) -> web.StreamResponse:
     """Continue one or several prompts, in one piece or as a stream."""
+    with refusals_counted(request):
+        job, dialect = await _prepared(request)
+    return await serve(request.app[CONTEXT], request, job=job, dialect=dialect)
+
+
+async def _prepared(request: web.Request) -> tuple[Job, Dialect]:
     context = request.app[CONTEXT]
     raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
     decoded = await decode_beside(context.node.text, request.app[DECODER], raw)
@@ -36,12 +42,13 @@ async def handle(request: web.Request) -> web.StreamResponse:
     prompts = await beside(
         context.node.text, len(raw), lambda: prompts_of(body.prompt, context.limits)
     )
+    note_asked(request, plan, num_prompts=len(prompts))
     job = await _job(context, body, headers, plan=settled.plan, prompts=prompts)
     dialect = PlainDialect(context, job.plan, name=job.name, chat=False)
     if body.echo:
         echoes = await _echoes(context, prompts, job)
         dialect = EchoDialect(context, job.plan, name=job.name, echoes=echoes)
-    return await serve(context, request, job=job, dialect=dialect)
+    return job, dialect
 
 
 class EchoDialect(PlainDialect):

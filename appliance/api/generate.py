@@ -22,7 +22,7 @@ from appliance.api.observe import Meter
 from appliance.api.render import Usage
 from appliance.api.sinks import BaseSink, CollectSink, EventStream, Exchange
 from appliance.api.validate import SEED_RANGE, Plan
-from appliance.core.types import ErrorKind, OnMiss, Record
+from appliance.core.types import ErrorKind, OnMiss, Record, Slo
 from appliance.live.records import Encoded, Rejected, Sink, Submission, Ticket
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ async def serve(
         if job.plan.streaming is not None:
             stream = dialect.stream(_outlet(context, job, tickets))
             exchange = stream
-            begun = _begun(job)
+            begun = _begun(context, job)
             make = _stream_sinks(
                 context, request, job=job, dialect=dialect, stream=stream, begun=begun
             )
@@ -82,9 +82,10 @@ async def serve(
             headers=job.headers,
         )
     finally:
+        kind = None if exchange is None else exchange.error_kind
         for ticket in tickets:
             if not ticket.done.done():
-                context.node.cancel(ticket)
+                context.node.cancel(ticket, kind or ErrorKind.CANCELLED)
         generated = exchange.usage.completion_tokens if exchange is not None else 0
         settle(request, job.prompt_tokens, generated_tokens=generated, accepted=bool(tickets))
         _log_end(request, job, exchange)
@@ -111,7 +112,7 @@ def _submit(
             prompt=prompt,
             sampling=msgspec.structs.replace(plan.sampling, seed=seed),
             max_tokens=job.max_tokens[index],
-            slo=plan.slo,
+            slo=_slo(job),
             arrived=request[ARRIVED],
             salt=plan.salt,
             tenant=request[CALLER].name,
@@ -121,17 +122,30 @@ def _submit(
         try:
             tickets.append(context.node.submit(spec, sinks))
         except Rejected as error:
+            others = (len(job.prompts) - 1) * plan.n
+            context.node.stats.refused[plan.slo.class_name, error.kind.value] += others
+            for ticket in tickets:  # counted just now
+                context.node.cancel(ticket)
             raise error_of(error.kind, error.reason, retry_after=error.retry_after) from error
+
+
+def _slo(job: Job) -> Slo:
+    """Its targets. One of several answers is never refused alone, since the whole request would
+    end with it."""
+    slo = job.plan.slo
+    if job.num_answers > 1 and slo.on_miss is OnMiss.REFUSE:
+        return msgspec.structs.replace(slo, on_miss=OnMiss.SERVE)
+    return slo
 
 
 Begun = asyncio.Future[None]
 """Done with the first token of a request."""
 
 
-def _begun(job: Job) -> Begun | None:
+def _begun(context: Context, job: Job) -> Begun | None:
     """For a stream that may be refused until its first token: its status line waits for that, so
     that the refusal has a status of its own."""
-    if job.plan.slo.on_miss != OnMiss.REFUSE:
+    if not context.node.info.judges_budgets or _slo(job).on_miss != OnMiss.REFUSE:
         return None
     return asyncio.get_running_loop().create_future()
 

@@ -1,8 +1,9 @@
 """Numbers that the HTTP surface keeps itself: latencies and verdicts by SLO class, steps, answers,
 loop lag.
 
-Latency is measured from the arrival of the request (body not yet read) to the moment its bytes are
-handed to the socket. A histogram here is two list operations; it is rendered only when scraped.
+Latency is measured from the arrival of the request (body not yet read) to the moment when the token
+is handed to whatever writes the answer. A histogram here is two list operations; it is rendered
+only when scraped.
 """
 
 from bisect import bisect_left
@@ -74,6 +75,8 @@ class ClassLatency:
         self.met = 0
         """Answers that kept every target, or had none."""
         self.missed = 0
+        self.lost = 0
+        """Answers that were complete, of requests that ended with an error for another one."""
         self.tokens_met = 0
         """Of the answers that met."""
 
@@ -134,6 +137,7 @@ class Meter:
         "_slo",
         "_started",
         "_tokens",
+        "_verdict",
     )
 
     def __init__(
@@ -154,6 +158,7 @@ class Meter:
         self._first = 0.0
         self._last = 0.0
         self._tokens = 0
+        self._verdict: Verdict | None = None
 
     def tokens(self, count: int) -> None:
         """`count` tokens have just come together: they share the time since the one before."""
@@ -187,6 +192,15 @@ class Meter:
             ended_at=self._last if self._tokens else self._clock(),
             num_tokens=self._tokens,
         )
-        found = Verdict(slo=self._slo, how=how, times=times)
-        self._latency.judge(found, self._tokens)
-        return found
+        self._verdict = Verdict(slo=self._slo, how=how, times=times)
+        return self._verdict
+
+    def judge(self) -> None:
+        """Count the finished answer: the whole request that it belongs to is complete."""
+        if self._verdict is not None:
+            self._latency.judge(self._verdict, self._tokens)
+
+    def lose(self) -> None:
+        """Count the finished answer: another one of its request failed."""
+        if self._verdict is not None:
+            self._latency.lost += 1

@@ -24,7 +24,7 @@ from appliance.api.render import (
     error_event,
     usage_chunk,
 )
-from appliance.api.verdict import Verdict, worst
+from appliance.api.verdict import OF_CLIENTS, Verdict, worst
 from appliance.core.types import ErrorKind
 from appliance.live.records import Delta, End
 
@@ -36,9 +36,14 @@ class Exchange:
         self.over: asyncio.Future[None] = loop.create_future()
         """Done when every answer has ended or one has failed."""
         self.error: ApiError | None = None
+        self.error_kind: ErrorKind | None = None
+        """What went wrong first."""
         self.usage = Usage()
         self._open = num_answers
         self._verdicts: list[Verdict] = []
+        self._finished: list[Meter] = []
+        """Of the answers that have ended well; counted once it is known how the exchange ends: what
+        ends with an error has given the client nothing."""
 
     @property
     def slo(self) -> dict[str, Any] | None:
@@ -52,15 +57,20 @@ class Exchange:
         """The same for an answer that is about to complete, None unless it is the last one."""
         return self.slo if self._open == 1 else None
 
-    def judged(self, verdict: Verdict | None) -> None:
-        """An answer did so well; it is about to complete."""
+    def judged(self, verdict: Verdict | None, meter: Meter) -> None:
+        """An answer did so well, as its meter says; it is about to complete."""
         if verdict is not None:
             self._verdicts.append(verdict)
+        self._finished.append(meter)
 
     def completed(self) -> None:
         """One answer has ended well."""
         self._open -= 1
-        if self._open == 0 and self.error is None:
+        if self.error_kind is not None:
+            self._count_lost(self.error_kind)
+        elif self._open == 0:
+            for meter in self._finished:
+                meter.judge()
             self.on_complete()
             self._settle()
 
@@ -69,8 +79,17 @@ class Exchange:
         self._open -= 1
         if self.error is None and not self.over.done():
             self.error = error_of(kind, message, retry_after=retry_after)
+            self.error_kind = kind
+            self._count_lost(kind)
             self.on_error(self.error)
             self._settle()
+
+    def _count_lost(self, kind: ErrorKind) -> None:
+        """What ended well is lost with the exchange, if not by the client's own doing."""
+        for meter in self._finished:
+            if kind not in OF_CLIENTS:
+                meter.lose()
+        self._finished.clear()
 
     def on_complete(self) -> None:
         """Called once, before `over`, when all went well."""
@@ -106,7 +125,8 @@ class BaseSink(ABC):
             kind = end.error or ErrorKind.INTERNAL
             self._exchange.failed(kind, end.message, retry_after=end.retry_after)
             return
-        self._exchange.judged(self._meter.finished(end.times))
+        verdict = self._meter.finished(end.times)
+        self._exchange.judged(verdict, self._meter)
         self._finish(end.reason.value)
         self._exchange.completed()
 

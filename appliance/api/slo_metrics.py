@@ -13,19 +13,10 @@ from prometheus_client.registry import Collector
 
 from appliance.api.families import counter, gauge, histogram
 from appliance.api.observe import ApiStats
+from appliance.api.verdict import OF_CLIENTS
 from appliance.core.step_model import StepModel
-from appliance.core.types import ErrorKind
 from appliance.live.stats import NodeStats
 
-OF_CLIENTS = frozenset(
-    kind.value
-    for kind in (
-        ErrorKind.CANCELLED,
-        ErrorKind.SLOW_READER,
-        ErrorKind.TOO_LONG,
-        ErrorKind.GRAMMAR,
-    )
-)
 OUTCOMES = ("met", "missed", "refused", "failed")
 
 
@@ -44,8 +35,10 @@ class BudgetMetrics(Collector):
         found = {}
         for name in sorted({*self._stats.classes, *refused, *failed}):
             latency = self._stats.classes.get(name)
-            met, missed = (0, 0) if latency is None else (latency.met, latency.missed)
-            row = (met, missed, refused[name], failed[name])
+            met, missed, lost = 0, 0, 0
+            if latency is not None:
+                met, missed, lost = latency.met, latency.missed, latency.lost
+            row = (met, missed, refused[name], failed[name] + lost)
             found[name] = dict(zip(OUTCOMES, row, strict=True))
         return found
 

@@ -18,7 +18,7 @@ from appliance.api.decode import BodyDecoder, beside, decode_beside, read_body
 from appliance.api.dialect import Dialect
 from appliance.api.generate import Job, ignored_header, serve, unused_fields
 from appliance.api.grammars import DESK
-from appliance.api.plans import plan_for
+from appliance.api.plans import plan_for, refusals_counted
 from appliance.api.schemas import ChatBody, GenerationBody, ResponseFormat
 from appliance.api.speech import SPEECH, Reading, Speech
 from appliance.api.validate import check_model, invalid
@@ -53,6 +53,12 @@ class Route(Generic[B]):
 
 async def answer(request: web.Request, route: Route[B]) -> web.StreamResponse:
     """Answer a conversation, in one piece or as a stream. Raises `ApiError`."""
+    with refusals_counted(request):
+        job, dialect = await _prepared(request, route)
+    return await serve(request.app[CONTEXT], request, job=job, dialect=dialect)
+
+
+async def _prepared(request: web.Request, route: Route[B]) -> tuple[Job, Dialect]:
     context, speech = request.app[CONTEXT], request.app[SPEECH]
     raw = await read_body(request, max_bytes=context.settings.max_body_bytes)
     decoded = await decode_beside(context.node.text, request.app[route.decoder], raw)
@@ -78,8 +84,7 @@ async def answer(request: web.Request, route: Route[B]) -> web.StreamResponse:
             plan=form.plan,
             headers=ignored_header(unused),
         )
-    dialect = route.dialect(request, body, job, reading)
-    return await serve(context, request, job=job, dialect=dialect)
+    return job, route.dialect(request, body, job, reading)
 
 
 def chat_body_of(

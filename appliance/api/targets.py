@@ -15,6 +15,7 @@ seconds from here on.
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 from appliance.api.errors import ApiError, shown
 from appliance.api.schemas import GenerationBody, SloBody
@@ -25,8 +26,14 @@ CUSTOM = "custom"
 MAX_MS = 1e9
 
 
+class Headers(Protocol):
+    """The headers of a request: a name may be given more than once."""
+
+    def getall(self, name: str, default: list[str], /) -> list[str]: ...
+
+
 def slo_of(
-    body: GenerationBody, headers: Mapping[str, str], *, classes: Mapping[str, Slo], default: str
+    body: GenerationBody, headers: Headers, *, classes: Mapping[str, Slo], default: str
 ) -> Slo:
     """The targets of this request; `default` is the class of those that name none. Raises
     `ApiError` naming the field or header."""
@@ -61,16 +68,17 @@ def _named(classes: Mapping[str, Slo], name: str) -> Slo:
 
 
 def _class(
-    body: GenerationBody, headers: Mapping[str, str], classes: Mapping[str, Slo]
+    body: GenerationBody, headers: Headers, classes: Mapping[str, Slo]
 ) -> tuple[bool, Slo | None]:
     """The class that the request names, and whether its body does."""
     named: str | None
+    header = _once(headers, "x-slo-class")
     if isinstance(body.slo, str):
         field, named = "slo", body.slo
     elif body.slo is not None and body.slo.class_name is not None:
         field, named = "slo.class", body.slo.class_name
     else:
-        field, named = "x-slo-class", headers.get("x-slo-class")
+        field, named = "x-slo-class", header
     if named is None:
         return False, None
     if named != "default" and named not in classes:
@@ -83,27 +91,41 @@ def _class(
     return field != "x-slo-class", _named(classes, named)
 
 
-def _seconds(name: str, value: float | None) -> float | None:
+def _seconds(name: str, value: float | None, *, said: str | None = None) -> float | None:
+    """`said`: what the client wrote, where that is not the value itself."""
     if value is None:
         return None
     if not 0 < value <= MAX_MS:
+        given = shown(value if said is None else said)
         raise ApiError(
-            f"'{name}' must be a positive number of milliseconds, not {shown(value)}.",
+            f"'{name}' must be a number of milliseconds above 0 and up to 1e9, not {given}.",
             code="invalid_value",
             param=name,
         )
     return value / 1000.0
 
 
-def _header(headers: Mapping[str, str], name: str) -> float | None:
-    text = headers.get(name)
+def _header(headers: Headers, name: str) -> float | None:
+    text = _once(headers, name)
     if text is None:
         return None
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
-    return _seconds(name, value)
+    return _seconds(name, value, said=text)
+
+
+def _once(headers: Headers, name: str) -> str | None:
+    """The value of a header; of two nobody knows which one is meant."""
+    given = headers.getall(name, [])
+    if len(given) > 1:
+        raise ApiError(
+            f"The header '{name}' is given {len(given)} times; give it once.",
+            code="invalid_value",
+            param=name,
+        )
+    return given[0] if given else None
 
 
 def _first(*values: float | None) -> float | None:

@@ -1,9 +1,10 @@
 """How one answer did against its budgets, as its `slo` object says it.
 
-Everything counts from the arrival of the request, before its body was read, to the moment when
-bytes were handed to the socket. The four parts of the breakdown are the scheduler's stamps
-(`appliance.core.stamps`); the way from the scheduler to the socket is the end of the last part, so
-that they sum to last token minus arrival."""
+Everything counts from the arrival of the request, before its body was read, to the moment when a
+token was handed to whatever writes the answer: the next chunk of a stream, or the whole document. A
+token that is half a character, or may begin a stop string, waits there. The four parts of the
+breakdown are the scheduler's stamps (`appliance.core.stamps`); the way from the scheduler to there
+is the end of the last part, so that they sum to last token minus arrival."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,12 @@ from typing import Any
 from appliance.core.slo import Verdict as Judgement
 from appliance.core.slo import due, slack
 from appliance.core.stamps import Times
-from appliance.core.types import Record, Slo
+from appliance.core.types import ErrorKind, Record, Slo
+
+OF_CLIENTS = frozenset(
+    (ErrorKind.CANCELLED, ErrorKind.SLOW_READER, ErrorKind.TOO_LONG, ErrorKind.GRAMMAR)
+)
+"""Ends that are the client's doing: no outcome of a budget counts them."""
 
 
 class Verdict(Record, frozen=True, kw_only=True):

@@ -63,7 +63,8 @@ class Decided(Tagged, frozen=True, kw_only=True):
     its outcome is known. Also said for "no": kind "none".
 
     `kind`: flip, none, park, wake, restart, add, rebalance, fallback (a phase was served by a
-    worker of another role). `by`: operator, controller, mechanism. `prediction` and `cost` are in
+    worker of another role), turn_away (requests are refused at the door), and of single requests
+    demote, refuse. `by`: operator, controller, policy, mechanism. `prediction` and `cost` are in
     seconds, by name."""
 
     decision: int

@@ -90,7 +90,7 @@ class Dispatcher:
         self._policy = policy
         self._life = LifeKeeper(self._state)
         self._isolation = Isolation(self._state)
-        audit = Audit(self._state)
+        self._audit = audit = Audit(self._state)
         self._latecomers = Latecomers(self._state, policy=policy, audit=audit)
         self._placer = Placer(self._state, policy=policy, audit=audit)
         self._mover = Mover(self._state, policy=policy, audit=audit)
@@ -192,6 +192,7 @@ class Dispatcher:
         self._state.out = out
         self._state.charge(now)
         self._now = now
+        self._audit.settle(now)
         self._record(message, now)
         self._decide(now)
         if self._auditor is not None:
@@ -252,7 +253,7 @@ class Dispatcher:
 
     def _arrived(self, request: Request, now: float) -> None:
         state = self._state
-        refusal = legal_refusal(state, request)
+        refusal, by = legal_refusal(state, request), "mechanism"
         if refusal is None:
             match self._policy.admit(state.view, request, now):
                 case Accept():
@@ -262,12 +263,14 @@ class Dispatcher:
                 case Refuse(kind=kind, reason=reason, retry_after=after):
                     if after is None and kind in (ErrorKind.QUEUE_FULL, ErrorKind.BUDGET):
                         after = retry_after(state)
+                    by = "policy"
                     refusal = Reject(
                         request_id=request.id, kind=kind, reason=reason, retry_after=after
                     )
                 case never:
                     assert_never(never)
         state.out.append(refusal)
+        self._audit.turned_away(refusal, now, by=by)
 
     def _cancelled(self, message: Cancelled, now: float) -> None:
         record = self._state.requests.get(message.request_id)

@@ -23,7 +23,8 @@ SERVED = frozenset({RequestState.ASSIGNED, RequestState.DECODING, RequestState.M
 
 
 class Times(Record, frozen=True, kw_only=True):
-    """Seconds by part (see the module), and the workers that computed it in their order."""
+    """Seconds by part (see the module), and the workers that computed it in their order (not those
+    that refused it or died before its first token from there)."""
 
     queue: float
     prefill: float
@@ -51,7 +52,9 @@ def times_of(history: History, *, arrived: float, ended: float, demoted: bool = 
                 transfer += until - since
             case _:
                 decode += until - since
-        if worker is not None and state in SERVED and worker not in workers[-1:]:
+        left = index + 1 < len(history) and history[index + 1][1] is RequestState.WAITING
+        computed = state in SERVED and not (state is RequestState.ASSIGNED and left)
+        if worker is not None and computed and worker not in workers[-1:]:
             workers.append(worker)
     return Times(
         queue=queue,

@@ -9,7 +9,8 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import islice
+from heapq import nlargest
+from itertools import chain
 
 from appliance.core.asks import (
     Answered,
@@ -24,7 +25,11 @@ from appliance.core.types import Role, WorkerId, WorkerSpec
 
 log = logging.getLogger(__name__)
 Ask = RolesAsked | ParkAsked | WakeAsked | WorkerAsked
-MAX_DECISIONS = 1000
+ROOM = {"node": 1000, "requests": 400, "door": 100}
+"""Decisions that are kept: about the node itself, about single requests, and that requests are
+turned away. Overload makes many of the latter two, which push none of the first out."""
+RINGS = {"demote": "requests", "refuse": "requests", "turn_away": "door"}
+"""By kind; all others are about the node."""
 
 
 class Asks:
@@ -37,7 +42,8 @@ class Asks:
         self._specs = specs
         self._next = 1
         self._open: dict[int, asyncio.Future[Answered]] = {}
-        self._decisions: OrderedDict[int, Decided] = OrderedDict()
+        self._rings: dict[str, OrderedDict[int, Decided]] = {name: OrderedDict() for name in ROOM}
+        """Decisions by number."""
         self._refusal = ""
         """Why nothing can be asked any more."""
 
@@ -93,13 +99,16 @@ class Asks:
     def decided(self, decision: Decided) -> None:
         """Keep a decision; one that is known is replaced where it stands."""
         _say(decision)
-        self._decisions[decision.decision] = decision
-        if len(self._decisions) > MAX_DECISIONS:
-            self._decisions.popitem(last=False)
+        name = RINGS.get(decision.kind, "node")
+        ring = self._rings[name]
+        ring[decision.decision] = decision
+        if len(ring) > ROOM[name]:
+            ring.popitem(last=False)
 
     def decisions(self, limit: int) -> list[Decided]:
-        """The last `limit` decisions, newest first."""
-        return list(islice(reversed(self._decisions.values()), limit))
+        """The last `limit` decisions that are kept, newest first."""
+        kept = chain.from_iterable(ring.values() for ring in self._rings.values())
+        return nlargest(limit, kept, key=lambda decision: decision.decision)
 
     def refuse(self, reason: str) -> None:
         """Nothing more will be answered: refuse what is open and what will come."""
@@ -110,10 +119,11 @@ class Asks:
 
 
 def _say(decision: Decided) -> None:
-    """Into the log, when it is over; a phase that others must serve also when it begins."""
+    """Into the log, when it is over; what lasts until something changes also when it begins."""
     if decision.kind == "none":
         return
-    level = logging.INFO if decision.outcome or decision.kind == "fallback" else logging.DEBUG
+    lasts = decision.kind in ("fallback", "turn_away")
+    level = logging.INFO if decision.outcome or lasts else logging.DEBUG
     words: dict[str, object] = {
         "workers": list(decision.workers),
         "by": decision.by,

@@ -59,6 +59,9 @@ class Intake:
         ticket = Ticket(spec.name, ids)
         packed, now = prompt.ids.tobytes(), self._clock()
         arrived = now if spec.arrived is None else min(spec.arrived, now)
+        self._names[spec.name] = ids  # its story tells of a refusal, too
+        if len(self._names) > self._num_names:
+            self._names.popitem(last=False)
         for index, (request_id, sink) in enumerate(zip(ids, sinks, strict=True)):
             sampling = msgspec.structs.replace(spec.sampling, seed=spec.sampling.seed + index)
             self._streams.open(
@@ -89,9 +92,6 @@ class Intake:
                 self._take_back(ids[:index])
                 self._stats.refused[spec.slo.class_name, reject.kind.value] += len(sinks)
                 raise Rejected(reject.kind, reject.reason, reject.retry_after)
-        self._names[spec.name] = ids
-        if len(self._names) > self._num_names:
-            self._names.popitem(last=False)
         self._stats.submitted += 1
         self._stats.sequences += len(ids)
         return ticket
@@ -114,6 +114,11 @@ class Intake:
             if stream is not None:
                 self._stats.refused[stream.slo_class, reject.kind.value] += 1
 
+    def broke(self, words: str) -> None:
+        """The scheduler failed: every open answer ends with these words."""
+        for stream in self._streams.end_all(ErrorKind.INTERNAL, words):
+            self._stats.ended_badly(stream.slo_class, ErrorKind.INTERNAL)
+
     def _offer(self, request: Request) -> Reject | None:
         """Let the Dispatcher hear of a request; its refusal, None if it accepts."""
         self._submitting, self._reject = request.id, None
@@ -121,7 +126,7 @@ class Intake:
         self._submitting = None
         broken = self._pump.failure
         if broken:  # by a request of this submission: those after it are not heard any more
-            self._streams.end_all(ErrorKind.INTERNAL, broken)
+            self.broke(broken)
         return self._reject
 
     def _take_back(self, ids: Sequence[RequestId]) -> None:

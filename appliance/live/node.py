@@ -208,10 +208,13 @@ class Node:
         """Serve this request with one answer per sink. Raises `Rejected`, then no sink is
         called."""
         if self.broken:
-            raise Rejected(ErrorKind.INTERNAL, self.broken)
-        if self._closed:
-            raise Rejected(ErrorKind.DRAINING, "the server is shutting down")
-        return self._intake.submit(spec, sinks)
+            refusal = Rejected(ErrorKind.INTERNAL, self.broken)
+        elif self._closed:
+            refusal = Rejected(ErrorKind.DRAINING, "the server is shutting down")
+        else:
+            return self._intake.submit(spec, sinks)
+        self.stats.turned_away(spec.slo.class_name, refusal.kind.value, num_answers=len(sinks))
+        raise refusal
 
     def cancel(self, ticket: Ticket, kind: ErrorKind = ErrorKind.CANCELLED) -> None:
         """Give up all answers of this ticket that have not ended. Idempotent."""
@@ -445,7 +448,7 @@ class Node:
     def failed(self, words: str) -> None:
         """The scheduler failed: end everything loudly, serve nothing more."""
         self.broken = words
-        self._streams.end_all(ErrorKind.INTERNAL, words)
+        self._intake.broke(words)
         self.asks.refuse(words)
         if self.failure is not None and not self.failure.done():
             self.failure.set_result(words)
@@ -477,6 +480,7 @@ def _make_info(settings: NodeSettings, policy: Policy, *, vocab_size: int) -> No
         eos_token_ids=settings.eos_token_ids,
         policy=settings.policy,
         uses_priority=policy.uses_priority,
+        judges_budgets=policy.dispatch.late is not None,
         version=settings.version,
         fingerprint=settings.fingerprint,
         dtype=settings.dtype,

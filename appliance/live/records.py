@@ -122,6 +122,8 @@ class NodeInfo(Record, frozen=True, kw_only=True):
     policy: str
     uses_priority: bool
     """Whether that policy looks at the `priority` of a request."""
+    judges_budgets: bool
+    """Whether that policy demotes or refuses what cannot be in time."""
     version: str
     fingerprint: str
     dtype: str

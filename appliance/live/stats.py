@@ -88,6 +88,11 @@ class NodeStats:
         """Answers that went on at another worker or another life of theirs."""
         self.observe_step: StepObserver | None = None
 
+    def turned_away(self, slo_class: str, reason: str, *, num_answers: int) -> None:
+        """Count a request that was refused before the scheduler heard of it."""
+        self.rejected[reason] += 1
+        self.refused[slo_class, reason] += num_answers
+
     def ended_badly(self, slo_class: str, kind: ErrorKind) -> None:
         """Count an accepted answer that ended with an error."""
         counter = self.refused if kind is ErrorKind.BUDGET else self.failed

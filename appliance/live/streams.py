@@ -307,7 +307,7 @@ class Streams:
         stream.ticket.one_ended()
         return stream
 
-    def end_all(self, kind: ErrorKind, message: str) -> None:
+    def end_all(self, kind: ErrorKind, message: str) -> list[Stream]:
         """End every open stream with this error: the last resort of a node that cannot go on."""
-        for request_id in self.ids():
-            self.end(Ended(request_id=request_id, error=kind, message=message))
+        ends = [Ended(request_id=id_, error=kind, message=message) for id_ in self.ids()]
+        return [stream for stream in map(self.end, ends) if stream is not None]

@@ -48,14 +48,18 @@ async def test_r18_large_bodies_are_decoded_and_checked_beside_the_loop(
 async def test_r15_more_prompts_than_may_wait_are_429_that_says_when_to_come_back(server, http):
     text, gate = server.node.text, threading.Event()
     most = text._settings.max_pending_bytes
+    headers = {"x-slo-class": "chat"}
+    large = {"prompt": "red " * LARGE_BODY_BYTES, "max_tokens": 1, "n": 3, "slo": "default"}
     blocked = asyncio.run_coroutine_threadsafe(text.run(gate.wait, num_bytes=most), server._loop)
     try:
         for path, body in (
-            ("/v1/completions", {"prompt": "red", "max_tokens": 1}),
+            ("/v1/completions", {"prompt": ["red", "blue"], "max_tokens": 1, "n": 2}),
+            ("/v1/completions", large),
             ("/tokenize", {"prompt": "red"}),
             ("/v1/messages", {"messages": [{"role": "user", "content": "red"}], "max_tokens": 1}),
         ):
-            async with http.post(server.url + path, json={"model": "tiny", **body}) as answer:
+            asked = {"model": "tiny", **body}
+            async with http.post(server.url + path, json=asked, headers=headers) as answer:
                 document = await answer.json()
             assert answer.status == 429
             assert 1 <= int(answer.headers["Retry-After"]) <= 60
@@ -65,5 +69,8 @@ async def test_r15_more_prompts_than_may_wait_are_429_that_says_when_to_come_bac
     finally:
         gate.set()
         blocked.result(30)
+    # what is too large to be decoded is known by its headers alone
+    assert server.node.stats.refused == {("chat", "queue_full"): 4 + 1 + 1}
+    assert server.node.stats.rejected == {"queue_full": 3}
     async with http.post(server.url + "/tokenize", json={"prompt": "red"}) as answer:
         assert answer.status == 200

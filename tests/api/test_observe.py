@@ -45,10 +45,14 @@ def test_classes_are_counted_apart():
     assert stats.latency(Slo(class_name="a")) is not stats.latency(Slo(class_name="b"))
 
 
-def judged(slo: Slo, *moments: float, stats: ApiStats | None = None) -> Verdict:
+def judged(slo: Slo, *moments: float) -> Verdict:
     """The verdict on an answer whose tokens came at these moments; the request at 10 s."""
+    return finished(slo, *moments, stats=ApiStats())[1]
+
+
+def finished(slo: Slo, *moments: float, stats: ApiStats) -> tuple[Meter, Verdict]:
+    """The same with its meter: it is not yet known whether its whole request completes."""
     now = [0.0]
-    stats = stats or ApiStats()
     meter = Meter(stats.latency(slo), 10.0, lambda: now[0], slo=slo)
     for now[0] in moments:
         meter.tokens(1)
@@ -56,7 +60,7 @@ def judged(slo: Slo, *moments: float, stats: ApiStats | None = None) -> Verdict:
     times = Times(queue=0.25, prefill=0.5, transfer=0.0, decode=9.0, workers=(WorkerId(3),))
     found = meter.finished(times)
     assert found is not None
-    return found
+    return meter, found
 
 
 def test_a_verdict_counts_from_arrival_to_the_last_token_handed_over():
@@ -98,11 +102,17 @@ def test_slack_is_told_at_the_first_token_and_before_the_last_deadline():
 
 def test_goodput_counts_what_met():
     stats, slo = ApiStats(), Slo(class_name="chat", ttft=1.0)
-    judged(slo, 11.0, 11.5, stats=stats)
-    judged(slo, 12.0, 12.5, stats=stats)
     latency = stats.latency(slo)
+    good, _ = finished(slo, 11.0, 11.5, stats=stats)
+    late, _ = finished(slo, 12.0, 12.5, stats=stats)
+    assert (latency.met, latency.missed) == (0, 0), "their requests are not complete yet"
+    good.judge()
+    late.judge()
     assert (latency.met, latency.missed, latency.tokens_met) == (1, 1, 2)
     assert sum(latency.first_slack.counts) == 2
+    vain, _ = finished(slo, 11.0, 11.5, stats=stats)
+    vain.lose()
+    assert (latency.met, latency.missed, latency.lost, latency.tokens_met) == (1, 1, 1, 2)
 
 
 def test_several_answers_are_judged_by_the_one_that_did_worst():

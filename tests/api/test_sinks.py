@@ -4,13 +4,15 @@ import asyncio
 import json
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from appliance.api.observe import ApiStats, Meter
 from appliance.api.render import ChunkTemplate, Identity, LogprobRenderer
 from appliance.api.sinks import CollectSink, EventStream, Exchange, SseSink
 from appliance.core.payload import TokenLogprobs
-from appliance.core.types import ErrorKind, FinishReason, Slo
+from appliance.core.stamps import Times
+from appliance.core.types import ErrorKind, FinishReason, Slo, WorkerId
 from appliance.live.records import Delta, End
 
 IDENTITY = Identity(id="x-1", object="chunk", created=7, model="m")
@@ -94,6 +96,12 @@ def good(reason: FinishReason = FinishReason.STOP, *, cached: int = 0, emitted: 
         cached_tokens=cached,
         emitted_tokens=emitted,
     )
+
+
+def judged() -> End:
+    """A good end that says where the time went."""
+    times = Times(queue=0.1, prefill=0.2, transfer=0.0, decode=0.7, workers=(WorkerId(0),))
+    return msgspec.structs.replace(good(), times=times)
 
 
 def bad(kind: ErrorKind = ErrorKind.WORKER_LOST) -> End:
@@ -353,6 +361,54 @@ async def test_collected_logprobs_are_absent_when_not_asked_for():
     exchange = Exchange(1, asyncio.get_running_loop())
     assert collect(exchange, chat=True, logprobs=False).logprobs is None
     assert collect(exchange, chat=True).logprobs == {"content": [], "refusal": None}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (None, (2, 0)),
+        (ErrorKind.WORKER_LOST, (0, 1)),
+        (ErrorKind.CANCELLED, (0, 0)),
+        (ErrorKind.SLOW_READER, (0, 0)),
+    ],
+)
+async def test_an_answer_counts_when_its_whole_request_is_complete(streamed, kind, row):
+    stats, loop = ApiStats(), asyncio.get_running_loop()
+    latency = stats.latency(Slo())
+    owner = stream(2) if streamed else Exchange(2, loop)
+
+    def answer(index: int):
+        taken = Meter(latency, 0.0, lambda: 1.0)
+        if not isinstance(owner, EventStream):
+            return CollectSink(owner, meter=taken, leads=True, logprobs=None)
+        template = ChunkTemplate(IDENTITY, index, chat=True, null_usage=False)
+        return SseSink(
+            owner, meter=taken, leads=True, template=template, logprobs=None, running_usage=False
+        )
+
+    one, two = answer(0), answer(1)
+    for each in (one, two):
+        each.push(delta("a"))
+    one.end(judged())
+    assert (latency.met, latency.missed, latency.lost) == (0, 0, 0)
+    two.end(judged() if kind is None else bad(kind))
+    met, lost = row
+    assert (latency.met, latency.missed, latency.lost) == (met, 0, lost)
+    assert owner.error_kind == kind
+
+
+async def test_an_answer_that_completes_after_the_failure_of_another_is_lost_too():
+    stats = ApiStats()
+    latency = stats.latency(Slo())
+    exchange = Exchange(2, asyncio.get_running_loop())
+    one, two = (
+        CollectSink(exchange, meter=Meter(latency, 0.0, lambda: 1.0), leads=True, logprobs=None)
+        for _ in range(2)
+    )
+    one.end(bad())
+    two.end(judged())
+    assert (latency.met, latency.lost) == (0, 1)
 
 
 @pytest.mark.parametrize("first", [0, 1])

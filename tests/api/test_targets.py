@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from multidict import CIMultiDict
 
 from appliance.api.errors import ApiError
 from appliance.api.schemas import ChatBody
@@ -14,21 +15,19 @@ CLASSES = {
 }
 
 
-def slo(headers=None, **fields) -> Slo:
+def read(headers=None, *, classes=CLASSES, default="default", **fields) -> Slo:
     body = msgspec.convert({"messages": [], **fields}, ChatBody)
-    return slo_of(body, headers or {}, classes=CLASSES, default="default")
+    return slo_of(body, CIMultiDict(headers or {}), classes=classes, default=default)
 
 
 def test_without_a_word_the_default_class_holds():
-    assert slo() == CLASSES["default"]
-    body = msgspec.convert({"messages": []}, ChatBody)
-    assert slo_of(body, {}, classes={}, default="default") == Slo()
+    assert read() == CLASSES["default"]
+    assert read(classes={}) == Slo()
 
 
 def test_the_class_of_the_key_comes_after_everything_the_request_says():
     def of(headers=None, **fields) -> Slo:
-        body = msgspec.convert({"messages": [], **fields}, ChatBody)
-        return slo_of(body, headers or {}, classes=CLASSES, default="chat")
+        return read(headers, default="chat", **fields)
 
     assert of() == CLASSES["chat"]
     assert of(slo="default") == of({"x-slo-class": "default"}) == CLASSES["default"]
@@ -36,28 +35,28 @@ def test_the_class_of_the_key_comes_after_everything_the_request_says():
 
 
 def test_a_class_is_named_in_body_or_header():
-    assert slo(slo="chat") == CLASSES["chat"]
-    assert slo(slo={"class": "chat"}) == CLASSES["chat"]
-    assert slo({"x-slo-class": "chat"}) == CLASSES["chat"]
-    assert slo({"x-slo-class": "nonsense"}, slo="chat") == CLASSES["chat"]
+    assert read(slo="chat") == CLASSES["chat"]
+    assert read(slo={"class": "chat"}) == CLASSES["chat"]
+    assert read({"x-slo-class": "chat"}) == CLASSES["chat"]
+    assert read({"x-slo-class": "nonsense"}, slo="chat") == CLASSES["chat"]
 
 
 def test_own_targets_refine_the_class():
-    refined = slo(slo={"class": "chat", "ttft_ms": 250, "e2e_ms": 3000})
+    refined = read(slo={"class": "chat", "ttft_ms": 250, "e2e_ms": 3000})
     assert refined == Slo(class_name="chat", ttft=0.25, tpot=0.05, e2e=3.0, weight=2.0)
 
 
 def test_own_targets_without_a_class_are_a_class_of_their_own():
-    assert slo(tpot_slo_ms=30) == Slo(class_name="custom", ttft=9.0, tpot=0.03)
+    assert read(tpot_slo_ms=30) == Slo(class_name="custom", ttft=9.0, tpot=0.03)
 
 
 def test_body_wins_over_flat_fields_over_headers():
     headers = {"x-slo-ttft-ms": "1", "x-slo-tpot-ms": "2"}
-    assert slo(headers).ttft == 0.001
-    assert slo(headers).tpot == 0.002
-    assert slo(headers, ttft_slo_ms=3).ttft == 0.003
-    assert slo(headers, ttft_slo_ms=3, slo={"ttft_ms": 4}).ttft == 0.004
-    assert slo(ttlt_slo_ms=5000).e2e == 5.0
+    assert read(headers).ttft == 0.001
+    assert read(headers).tpot == 0.002
+    assert read(headers, ttft_slo_ms=3).ttft == 0.003
+    assert read(headers, ttft_slo_ms=3, slo={"ttft_ms": 4}).ttft == 0.004
+    assert read(ttlt_slo_ms=5000).e2e == 5.0
 
 
 NAMED = {"x-slo-class": "batch"}
@@ -92,15 +91,13 @@ def test_each_target_comes_from_the_first_that_says_something(
         "batch": Slo(class_name="batch"),
         "keyed": Slo(class_name="keyed", ttft=0.5, tpot=0.02),
     }
-    body = msgspec.convert({"messages": [], **fields}, ChatBody)
-    found = slo_of(body, headers, classes=classes, default="keyed")
+    found = read(headers, classes=classes, default="keyed", **fields)
     assert (found.class_name, found.ttft, found.tpot) == (class_name, ttft, tpot)
 
 
 def test_own_targets_keep_what_the_class_says_of_a_budget_that_cannot_be_met():
     classes = {"picky": Slo(class_name="picky", ttft=1.0, on_miss=OnMiss.REFUSE)}
-    body = msgspec.convert({"messages": [], "ttft_slo_ms": 5}, ChatBody)
-    assert slo_of(body, {}, classes=classes, default="picky").on_miss is OnMiss.REFUSE
+    assert read(classes=classes, default="picky", ttft_slo_ms=5).on_miss is OnMiss.REFUSE
 
 
 @pytest.mark.parametrize(
@@ -116,9 +113,26 @@ def test_own_targets_keep_what_the_class_says_of_a_budget_that_cannot_be_met():
         ({"x-slo-ttft-ms": "soon"}, {}, "x-slo-ttft-ms"),
         ({"x-slo-tpot-ms": "nan"}, {}, "x-slo-tpot-ms"),
         ({"x-slo-tpot-ms": "inf"}, {}, "x-slo-tpot-ms"),
+        ({"x-slo-tpot-ms": "1_000"}, {}, "x-slo-tpot-ms"),
     ],
 )
 def test_a_target_that_makes_no_sense_names_field_or_header(headers, fields, param):
     with pytest.raises(ApiError) as caught:
-        slo(headers, **fields)
+        read(headers, **fields)
     assert (caught.value.status, caught.value.body.param) == (400, param)
+
+
+@pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-slo-class"])
+def test_a_header_that_is_given_twice_is_refused_by_name(name):
+    value = "chat" if name == "x-slo-class" else "5"
+    with pytest.raises(ApiError, match=f"'{name}' is given 2 times") as caught:
+        read([(name, value), (name.upper(), value)], slo="chat")
+    assert (caught.value.status, caught.value.body.param) == (400, name)
+
+
+def test_a_target_that_makes_no_sense_is_shown_as_it_was_written():
+    with pytest.raises(ApiError, match=r"above 0 and up to 1e9, not '1_000'\."):
+        read({"x-slo-tpot-ms": "1_000"})
+    with pytest.raises(ApiError, match=r"above 0 and up to 1e9, not 1000000000\.1\."):
+        read(slo={"e2e_ms": 1e9 + 0.1})
+    assert read(slo={"e2e_ms": 1e9}).e2e == 1e6

@@ -7,6 +7,7 @@ without looking into the Dispatcher's books, and compares after every message.""
 from collections import Counter
 from collections.abc import Sequence, Set
 
+from appliance.core.asks import Decided
 from appliance.core.dispatcher import Dispatcher, DispatcherConfig
 from appliance.core.lifecycle import RequestState, WorkerState
 from appliance.core.messages import (
@@ -195,7 +196,7 @@ class World:
                 self.where.pop(request_id, None)
             case Quarantine(worker=worker):
                 self.quarantined.add(worker)
-            case Reject():
+            case Reject() | Decided():
                 pass
             case _:
                 raise AssertionError(f"said {output}")

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.lifecycle import RequestState
-from appliance.core.messages import Aborted, Ended
+from appliance.core.messages import Aborted, Ended, Refused
 from appliance.core.stamps import Times, times_of
-from appliance.core.types import RequestId, Role, WorkerId
+from appliance.core.types import ErrorKind, RequestId, Role, WorkerId
 from tests.core.node_kit import Node
 from tests.core.test_moving import Pair
 
@@ -35,6 +35,15 @@ def test_a_target_that_never_went_on_is_not_among_the_workers() -> None:
     history = [(0.0, W, None), (0.0, A, ONE), (1.0, D, ONE), (2.0, M, ONE), (3.0, H, TWO)]
     times = times_of([*history, (3.5, D, ONE)], arrived=0.0, ended=4.0)
     assert (times.workers, times.transfer, times.decode) == ((ONE,), 0.5, 2.5)
+
+
+def test_a_worker_that_refused_it_or_died_before_its_first_token_is_not_among_the_workers() -> None:
+    history = [(0.0, W, None), (1.0, A, ONE), (1.5, W, None), (2.0, A, TWO), (3.0, D, TWO)]
+    times = times_of(history, arrived=0.0, ended=4.0)
+    assert (times.workers, times.queue, times.prefill) == ((TWO,), 1.5, 1.5)
+    again = [*history[:3], (2.0, A, ONE), (3.0, D, ONE), (4.0, W, None), (5.0, A, TWO)]
+    times = times_of([*again, (6.0, D, TWO)], arrived=0.0, ended=7.0)
+    assert times.workers == (ONE, TWO), "who gave tokens before it died is"
 
 
 @given(
@@ -93,6 +102,25 @@ def test_after_a_death_the_wait_is_queue_and_the_second_prompt_is_prefill() -> N
     assert times.prefill == pytest.approx(0.001 + 2.001), "both prompts"
     assert times.decode == pytest.approx(1.001 + node.now - again)
     assert total(times) == pytest.approx(node.now - arrived)
+
+
+def test_a_refused_assignment_leaves_no_trace_in_the_workers() -> None:
+    node = Node(2)
+    node.arrive(1)
+    first = node.where[1]
+    refusal = Refused(
+        worker=WorkerId(first),
+        command="Assign",
+        kind=ErrorKind.INTERNAL,
+        reason="no room",
+        request_id=RequestId(1),
+    )
+    node.hear(refusal)
+    assert node.where[1] == 1 - first
+    node.step(1 - first, [1])
+    node.step(1 - first, [1], finished=[1])
+    _, times = ended(node, 1)
+    assert times.workers == (1 - first,)
 
 
 def test_an_answer_that_failed_has_no_times() -> None:

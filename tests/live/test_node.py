@@ -175,11 +175,16 @@ async def test_r16_a_full_queue_refuses_and_leaves_nothing_of_a_half_accepted_gr
     async with running(settings, ready=0) as node:
         ticket, _ = await submit(node, "first", n=2)
         with pytest.raises(Rejected) as refusal:
-            await submit(node, "second", n=2)
+            await submit(node, "second", n=2, name="second")
         assert refusal.value.kind is ErrorKind.QUEUE_FULL
         assert refusal.value.retry_after is not None
         assert node.num_open == node.dispatcher.num_live == 2
         assert node.state()["totals"]["rejected"] == {"queue_full": 1}
+        assert node.stats.refused == {("default", "queue_full"): 2}
+        story = node.story("second")
+        assert story is not None
+        told = [[event["what"] for event in answer["events"]] for answer in story["answers"]]
+        assert told == [["Arrived", "Cancelled", "Ended"], ["Arrived", "Reject"]]
         await ticket.done
 
 
@@ -224,7 +229,9 @@ async def test_closing_a_busy_node_ends_every_answer() -> None:
         name="late", prompt=Encoded(ids=array("i", [5])), sampling=greedy(), max_tokens=1
     )
     with pytest.raises(Rejected, match="shutting down"):
-        node.submit(spec, [Answer()])
+        node.submit(spec, [Answer(), Answer()])
+    assert node.stats.refused == {("default", "draining"): 2}
+    assert node.stats.rejected == {"draining": 1}
 
 
 async def test_budgets_are_counted_from_the_arrival_of_the_request() -> None:
@@ -312,5 +319,7 @@ async def test_r1_a_scheduler_that_fails_ends_everything_loudly_and_serves_nothi
         assert node.ready() == (False, "the scheduler failed: a defect")
         assert node.failure is not None
         assert await node.failure == "the scheduler failed: a defect"
+        assert node.stats.failed == {("default", "internal_error"): 2}
         with pytest.raises(Rejected, match="a defect"):
             await submit(node, "three")
+        assert node.stats.refused == {("default", "internal_error"): 1}
