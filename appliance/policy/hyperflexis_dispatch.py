@@ -254,7 +254,7 @@ class HyperflexisDispatch:
         self._note(entry.name, given_up=True)
         words = f"first token too late: it needs {best:.3f} s and is due in {left:.3f} s"
         if hopeless:
-            words = f"no step is that short: tokens are due every {tpot:.4f} s"
+            words = f"no step is that short: tokens are due every {1000 * (tpot or 0.0):g} ms"
         elif best == math.inf:
             words = f"no worker for prompts: the first token is due in {left:.3f} s"
         refuses = entry.request.slo.on_miss is OnMiss.REFUSE
