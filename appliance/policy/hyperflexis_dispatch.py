@@ -180,7 +180,7 @@ class HyperflexisDispatch:
         start_by = due - tokens / self._workers.serial
         entry = Entry(request, tokens=tokens, due=due, start_by=start_by, key=key)
         if entry.tpot is not None and entry.tpot < view.cost.steps.tail_seconds(decodes=PICKY):
-            if entry.tpot < HOPELESS * self._lone(view):
+            if self._is_hopeless(view, request):
                 entry.start_by = min(start_by, now - TICK)  # looked at as one that is late
             entry.tpot = None
         if view.emitted(request.id) > 0:  # its worker died: it goes on as soon as possible
@@ -242,8 +242,7 @@ class HyperflexisDispatch:
         for each in self._estimates.values():
             best = min(best, each.residual(now) + entry.tokens / each.pace.rate)
         left = entry.due - now
-        tpot = entry.request.slo.tpot
-        hopeless = tpot is not None and tpot < HOPELESS * self._lone(view)
+        hopeless = self._is_hopeless(view, entry.request)
         if best <= left * (1.0 + GRACE) and left > 0.0 and not hopeless:
             start_by = now + 0.5 * (left - best) + 1e-3
             self._lanes.rekey(entry, start_by=start_by, key=entry.key)
@@ -254,7 +253,8 @@ class HyperflexisDispatch:
         self._note(entry.name, given_up=True)
         words = f"first token too late: it needs {best:.3f} s and is due in {left:.3f} s"
         if hopeless:
-            words = f"no step is that short: tokens are due every {1000 * (tpot or 0.0):g} ms"
+            tpot = entry.request.slo.tpot or 0.0
+            words = f"no step is that short: tokens are due every {1000 * tpot:g} ms"
         elif best == math.inf:
             words = f"no worker for prompts: the first token is due in {left:.3f} s"
         refuses = entry.request.slo.on_miss is OnMiss.REFUSE
@@ -263,6 +263,11 @@ class HyperflexisDispatch:
             return Late(id=entry.id, action="refuse", reason=words)
         self._lanes.demote(entry)
         return Late(id=entry.id, action="demote", reason=words)
+
+    def _is_hopeless(self, view: NodeView, request: Request) -> bool:
+        """Whether no step is as short as its budget per token."""
+        tpot = request.slo.tpot
+        return tpot is not None and tpot < HOPELESS * self._lone(view)
 
     def _lone(self, view: NodeView) -> float:
         """Seconds of a step of one that decodes alone."""
